@@ -1,0 +1,196 @@
+"""MAEConfig: the numbers that define a masked autoencoder, checked when they are set."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# The encoders of the paper (ViT-B, ViT-L, ViT-H) and the two usual smaller ViTs. The decoder does not grow with the
+# encoder: 512 wide and 8 blocks deep for every size (Table 1a, 1b).
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "patch_size": 16},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
+    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message: the known name closest to `name`, or all of them when none is close."""
+    close = get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be given as one int for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class MAEConfig(PreTrainedConfig):
+    """Configuration of `MAEModel`, `MAEForPreTraining` and `MAEForImageClassification`.
+
+    The fields have the names of transformers' `ViTMAEConfig`; the defaults are ViT-B/16 as pre-trained in the paper
+    (Table 8): 75 % of the patches hidden, targets normalised per patch.
+
+    Args:
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: width D, depth, heads and MLP width of
+            the encoder. `intermediate_size=None` means 4 x `hidden_size`.
+        hidden_act: activation of the MLPs, a name known to transformers.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout after each block half, and on the attention weights.
+        drop_path_rate: stochastic depth of the last encoder block; it grows linearly from 0 at the first (Table 9).
+        initializer_range: standard deviation of the class token and the mask token.
+        layer_norm_eps: epsilon of every LayerNorm.
+        image_size, patch_size: pixels, an int or (height, width).
+        num_channels: channels of the image, any number.
+        qkv_bias: whether query, key and value projections have a bias.
+        pooling: what stands for the image in `pooler_output` and before the classifier: `"mean"` of the patch tokens
+            (fine-tuning, Appendix A.1) or the `"cls"` token (linear probing).
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the
+            decoder. `decoder_intermediate_size=None` means 4 x `decoder_hidden_size`.
+        mask_ratio: share of the patches that are hidden, between 0 and 1 (Fig. 5).
+        norm_pix_loss: predict pixels normalised by the mean and variance of their patch (Table 1d).
+
+    Raises:
+        ValueError: a value, or a pair of values, that no model can be built from.
+    """
+
+    model_type = "mae"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = None  # type: ignore[assignment]  # filled in __post_init__
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    pooling: str = "mean"
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = None  # type: ignore[assignment]  # filled in __post_init__
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The base class sets overrides such as from_pretrained(..., mask_ratio=0.5) after the checks; here they go in
+        # before, so that an impossible override is refused like an impossible value.
+        overrides = {name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def validate(self) -> None:
+        """Check the values again; transformers calls this before it writes config.json."""
+        super().validate()  # type: ignore[misc]  # added by a decorator of huggingface_hub
+        self._check()
+
+    @classmethod
+    def from_size(cls, name: str, **fields: Any) -> "MAEConfig":
+        """The configuration of a size, `"tiny"`, `"small"`, `"base"`, `"large"` or `"huge"`, with `fields` on top.
+
+        Raises:
+            ValueError: the name is none of the five.
+        """
+        if name not in SIZES:
+            raise ValueError(f"There is no model size {name!r}. {nearest(name, list(SIZES))}")
+        return cls(**{**SIZES[name], **fields})
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the image in pixels."""
+        return as_pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return as_pair(self.patch_size)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of `image_size`."""
+        (height, width), (patch_height, patch_width) = self.image_shape, self.patch_shape
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """N, the number of patches in an image of `image_size`."""
+        rows, columns = self.grid_shape
+        return rows * columns
+
+    def _check(self) -> None:
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            pair = (size, size) if isinstance(size, int) else size
+            if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+                raise ValueError(f"{name} must be a positive int or (height, width) of two, but is {size!r}.")
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "num_channels",
+            "decoder_hidden_size",
+            "decoder_num_hidden_layers",
+            "decoder_num_attention_heads",
+            "decoder_intermediate_size",
+        ):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
+        for side, image, patch in zip(("height", "width"), self.image_shape, self.patch_shape, strict=True):
+            if image % patch:
+                raise ValueError(
+                    f"The image {side} {image} is not divisible by the patch {side} {patch}: choose image_size as a "
+                    f"multiple of patch_size, for instance {max(patch, image - image % patch)}."
+                )
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            if width % heads:
+                raise ValueError(
+                    f"{prefix}hidden_size {width} is not divisible by {prefix}num_attention_heads {heads}: each head "
+                    f"takes an equal part of the width."
+                )
+            if width % 4:
+                raise ValueError(
+                    f"{prefix}hidden_size {width} is not divisible by 4: the sin-cos position table needs a sine and a "
+                    f"cosine for each of the two axes."
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, but is {rate!r}.")
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
+        self.num_visible_patches(self.num_patches)
+
+    def num_visible_patches(self, num_patches: int, mask_ratio: float | None = None) -> int:
+        """V, how many of `num_patches` patches stay visible: N * (1 - ratio), rounded down as in the original.
+
+        Args:
+            num_patches: N.
+            mask_ratio: share that is hidden; `None` means the configuration's.
+
+        Raises:
+            ValueError: the ratio leaves no visible or no hidden patch.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        visible = int(num_patches * (1 - ratio)) if 0 < ratio < 1 else -1
+        if not 0 < visible < num_patches:
+            raise ValueError(
+                f"mask_ratio {ratio} of {num_patches} patches leaves no visible or no hidden patch: choose a ratio "
+                f"between 0 and 1 that leaves at least one of each."
+            )
+        return visible

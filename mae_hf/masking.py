@@ -1,0 +1,89 @@
+"""Which patches are seen: noise -> ids, and taking and restoring tokens by ids. Pure functions, no weights.
+
+B batch  N patches  V visible patches  D width
+`mask` is 1 where a patch is hidden. Ids are in patch space, [0, N); the class token never enters here.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def random_masking(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shuffle the patches by sorting noise and keep the first `num_visible` (Section 3, "Simple implementation").
+
+    Args:
+        noise: (B, N) any real numbers; the patches with the smallest stay visible. Ties keep raster order, so that the
+            same noise gives the same mask on every device.
+        num_visible: V.
+
+    Returns:
+        ids_keep (B, V) int64, the visible patches in shuffled order; ids_restore (B, N) int64, where each patch went in
+        the shuffled order; mask (B, N) float32, 0 visible and 1 hidden.
+    """
+    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    mask = (ids_restore >= num_visible).float()
+    return ids_shuffle[:, :num_visible], ids_restore, mask
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The tokens named by ids: tokens (B, N, D), ids (B, V) -> (B, V, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def restore(visible: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
+    """Undo the shuffle: visible tokens to their places, a mask token everywhere else (Section 3, "MAE decoder").
+
+    Args:
+        visible: (B, V, D) in the order of `ids_keep`.
+        mask_token: (1, 1, D).
+        ids_restore: (B, N).
+
+    Returns:
+        (B, N, D) in raster order.
+    """
+    (batch, num_visible, _), num_patches = visible.shape, ids_restore.shape[1]
+    hidden = mask_token.to(visible.dtype).expand(batch, num_patches - num_visible, -1)
+    return take(torch.cat([visible, hidden], dim=1), ids_restore)
+
+
+def patch_mask(bool_masked_pos: Tensor, patch_shape: tuple[int, int]) -> Tensor:
+    """A user's own mask as one entry a patch: (B, N) as it is, or a pixel mask reduced to patches.
+
+    Args:
+        bool_masked_pos: (B, N), or pixels (B, H, W) or (B, 1, H, W); true or non-zero is hidden. A patch is hidden as
+            soon as one of its pixels is.
+        patch_shape: (height, width) of a patch in pixels.
+
+    Returns:
+        (B, N) bool.
+
+    Raises:
+        ValueError: the shape is none of the three, the image is not divisible into patches, or the images of the batch
+            hide unequal numbers of patches (they could not be stacked), no patch or all patches.
+    """
+    mask = bool_masked_pos != 0
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.ndim == 3:
+        height, width = mask.shape[1:]
+        if height % patch_shape[0] or width % patch_shape[1]:
+            raise ValueError(f"A pixel mask of {height}x{width} does not divide into patches of {patch_shape}.")
+        mask = F.max_pool2d(mask.float().unsqueeze(1), patch_shape).flatten(1) > 0
+    if mask.ndim != 2:
+        raise ValueError(
+            f"bool_masked_pos must be (batch, patches) or pixels (batch, height, width), but is "
+            f"{tuple(bool_masked_pos.shape)}."
+        )
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"bool_masked_pos hides {counts} patches: every image of a batch must hide the same number. Batch images "
+            f"with equal counts, or pass them one by one."
+        )
+    if counts[0] in (0, mask.shape[1]):
+        raise ValueError(
+            f"bool_masked_pos hides {counts[0]} of {mask.shape[1]} patches: one at least must be hidden, one visible."
+        )
+    return mask

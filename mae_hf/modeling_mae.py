@@ -1,0 +1,637 @@
+"""The masked autoencoder of He et al. 2021 (arXiv 2111.06377): everything that has weights.
+
+Shapes, here and in comments at the end of lines:
+    B batch  C channels  H,W image  P,Q patch height and width  N = HW/PQ patches  V visible patches
+    D encoder width  E decoder width
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput, can_return_tuple
+
+from .configuration_mae import MAEConfig
+from .masking import patch_mask, random_masking, restore, take
+from .patches import (
+    denormalize_patches,
+    normalize_patches,
+    patchify,
+    resize_position_table,
+    sincos_position_table,
+    unpatchify,
+)
+
+
+@dataclass
+class MAEForPreTrainingOutput(ModelOutput):
+    """What `MAEForPreTraining` returns; the fields of transformers' `ViTMAEForPreTrainingOutput`.
+
+    loss: () float32, mean squared error over the hidden patches.
+    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`.
+    mask: (B, N) float32, 1 where a patch was hidden.
+    ids_restore: (B, N) int64, where each patch went in the shuffled order.
+    hidden_states, attentions: of the encoder, see `MAEModel`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    ids_restore: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MAEReconstruction(ModelOutput):
+    """The four pictures of one pass, each (B, C, H, W) float32; in [0, 1] up to overshoot if mean and std were given.
+
+    image: the input.
+    masked: the input with the hidden patches in the mean colour.
+    reconstruction: every patch as predicted.
+    pasted: the reconstruction with the visible patches of the input pasted in.
+    mask: (B, N) float32, 1 where a patch was hidden.
+    """
+
+    image: Tensor | None = None
+    masked: Tensor | None = None
+    reconstruction: Tensor | None = None
+    pasted: Tensor | None = None
+    mask: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer blocks, the same in encoder and decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dropout(probability: float) -> nn.Module:
+    """Dropout, or nothing at all at probability 0: torch's own would still draw a mask for every activation."""
+    return nn.Dropout(probability) if probability else nn.Identity()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the branch of a whole image with this probability and rescale the rest."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training:
+            return branch
+        keep = 1 - self.probability
+        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        return branch * branch.new_empty(shape).bernoulli_(keep) / keep
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, the only implementation that also returns its weights; signature of transformers' own."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class MAEAttention(nn.Module):
+    def __init__(self, config: MAEConfig, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = width // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # read by transformers' attention functions
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        batch, length, width = hidden_states.shape
+        heads = (batch, length, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        probability = self.config.attention_probs_dropout_prob if self.training else 0.0
+        mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=probability)
+        return self.o_proj(mixed.reshape(batch, length, width)), weights
+
+
+class MAEMLP(nn.Module):
+    def __init__(self, config: MAEConfig, width: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class MAELayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block: tokens (B, T, width) -> the same shape, and the attention weights if eager."""
+
+    def __init__(
+        self, config: MAEConfig, width: int, num_heads: int, intermediate_size: int, drop_path_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = MAEAttention(config, width, num_heads)
+        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MAEMLP(config, width, intermediate_size)
+        self.dropout = dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.attention(self.layernorm_before(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
+        expanded = self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.dropout(expanded))
+        return hidden_states, weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder side and decoder side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MAEPatchEmbeddings(nn.Module):
+    """The linear projection of patches, (B, V, P*Q*C) -> (B, V, D).
+
+    The weight has the shape of a convolution, as in every published ViT, but only the patches that are given are
+    projected, not the image.
+    """
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        patch_shape = config.patch_shape
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, patch_shape, stride=patch_shape)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.projection.weight.permute(0, 2, 3, 1).flatten(1)  # patches have their channels innermost
+        return F.linear(patches.to(weight.dtype), weight, self.projection.bias)
+
+
+class MAEEmbeddings(nn.Module):
+    """Patches of the image that are seen, with their positions and a class token in front."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = MAEPatchEmbeddings(config)
+        # Not a buffer: fine-tuning trains it, and every published checkpoint contains it.
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+
+    def forward(self, patches: Tensor, ids_keep: Tensor | None, grid_shape: tuple[int, int]) -> Tensor:
+        positions = resize_position_table(self.position_embeddings, self.config.grid_shape, grid_shape)
+        patch_positions = positions[:, 1:].expand(patches.shape[0], -1, -1)  # (B, N, D)
+        if ids_keep is not None:
+            patches, patch_positions = take(patches, ids_keep), take(patch_positions, ids_keep)  # (B, V, ...)
+        tokens = self.patch_embeddings(patches) + patch_positions
+        cls = (self.cls_token + positions[:, :1]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        return torch.cat([cls, tokens], dim=1)  # (B, 1 + V, D)
+
+
+class MAEDecoder(nn.Module):
+    """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder")."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        patch_height, patch_width = config.patch_shape
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width))
+        self.decoder_layers = nn.ModuleList(
+            MAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+            for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, patch_height * patch_width * config.num_channels)
+
+    def forward(self, latent: Tensor, ids_restore: Tensor, grid_shape: tuple[int, int]) -> Tensor:
+        tokens = self.decoder_embed(latent)  # (B, 1 + V, E)
+        patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
+        tokens = torch.cat([tokens[:, :1], patches], dim=1)
+        tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
+        for layer in self.decoder_layers:
+            tokens, _ = layer(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]  # (B, N, PQC)
+
+
+class MAEClassifier(nn.Linear):
+    """The classification head; a class of its own because its initialisation is not that of other linear layers."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MAEPreTrainedModel(PreTrainedModel):
+    """What the three models share: configuration, initialisation, and what transformers asks of a model."""
+
+    config: MAEConfig
+    config_class = MAEConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "patch_embeddings"
+    _no_split_modules = ["MAEEmbeddings", "MAELayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    trains_position_table = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces parameters by new ones that all require gradients.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_position_tables()
+        return loaded
+
+    def _freeze_position_tables(self) -> None:
+        for module in self.modules():
+            if isinstance(module, MAEEmbeddings):
+                module.position_embeddings.requires_grad_(self.trains_position_table)
+            elif isinstance(module, MAEDecoder):
+                module.decoder_pos_embed.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Models are built on the meta device, so every tensor must be written here, each in the branch of the module
+        # that owns it. The functions of `init` leave a tensor alone that was loaded from a checkpoint.
+        if isinstance(module, MAEClassifier):
+            init.trunc_normal_(module.weight, std=2e-5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the patch projection, seen as the linear layer it is
+            fan_out, fan_in = module.weight.flatten(1).shape
+            xavier = math.sqrt(6 / (fan_in + fan_out))
+            init.uniform_(module.weight, -xavier, xavier)
+            if module.bias is not None:
+                init.uniform_(module.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MAEEmbeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            table = sincos_position_table(self.config.hidden_size, self.config.grid_shape)
+            init.copy_(module.position_embeddings, table)
+        elif isinstance(module, MAEDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+            table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid_shape)
+            init.copy_(module.decoder_pos_embed, table)
+
+    def _grid_shape(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
+        """(rows, columns) of the patches of these images, once the images are known to fit the model."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {self.config.num_channels} channels, height, width), but is "
+                f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the configuration."
+            )
+        (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.config.patch_shape
+        if (height, width) != self.config.image_shape and not interpolate_pos_encoding:
+            raise ValueError(
+                f"The images are {height}x{width}, the model was built for "
+                f"{self.config.image_shape[0]}x{self.config.image_shape[1]}: resize them, or pass "
+                f"interpolate_pos_encoding=True to run on another size."
+            )
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"The images are {height}x{width}, which does not divide into patches of "
+                f"{patch_height}x{patch_width}: crop or resize them to a multiple."
+            )
+        return height // patch_height, width // patch_width
+
+
+class MAEModel(MAEPreTrainedModel):
+    """The encoder: a ViT over the patches it is given. It never masks and never draws a random number.
+
+    Args:
+        config: the configuration.
+        final_norm: whether a LayerNorm ends the encoder. The classifier with mean pooling replaces it by its own.
+    """
+
+    # The decoder of a pre-training checkpoint and the head of a classifier are no part of the encoder.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^fc_norm\.", r"^classifier\."]
+
+    def __init__(self, config: MAEConfig, final_norm: bool = True) -> None:
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        self.embeddings = MAEEmbeddings(config)
+        self.layers = nn.ModuleList(
+            MAELayer(
+                config,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                drop_path_rate=config.drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
+        self.post_init()
+        self._freeze_position_tables()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        ids_keep: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images, or the visible part of them.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            ids_keep: (B, V) int64, the patches to see, in any order; `None` sees all in raster order.
+            interpolate_pos_encoding: accept images of another size than the configuration's.
+            output_hidden_states, output_attentions: also return them; attentions need `attn_implementation="eager"`.
+
+        Returns:
+            last_hidden_state (B, 1 + V, D), class token first; pooler_output (B, D), the mean of the patch tokens or
+            the class token, by `config.pooling`; hidden_states, depth + 1 of (B, 1 + V, D), before the final norm;
+            attentions, depth of (B, heads, 1 + V, 1 + V).
+
+        Raises:
+            ValueError: the images do not fit the model, or attentions are asked of an implementation that has none.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"attn_implementation {self.config._attn_implementation!r} does not return attention weights: use "
+                f"model.set_attn_implementation('eager') to see them."
+            )
+        grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
+        patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
+        tokens = self.embeddings(patches, ids_keep, grid_shape)  # (B, 1 + V, D)
+
+        hidden_states, attentions = [tokens], []
+        for layer in self.layers:
+            tokens, weights = layer(tokens)
+            hidden_states.append(tokens)
+            attentions.append(weights)
+
+        tokens = self.layernorm(tokens)
+        pooled = tokens[:, 1:].mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=pooled,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class MAEForPreTraining(MAEPreTrainedModel):
+    """The masked autoencoder: encode the visible patches, decode all, compare the hidden ones."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__(config)
+        self.vit = MAEModel(config)
+        self.decoder = MAEDecoder(config)
+        self.post_init()
+        self._freeze_position_tables()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        mask_ratio: float | None = None,
+        generator: torch.Generator | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> MAEForPreTrainingOutput:
+        """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            noise: (B, N) float, the patches with the smallest values stay visible.
+            bool_masked_pos: (B, N) or pixels (B, H, W), true where hidden: a mask of the caller's own. Every image of a
+                batch must hide the same number of patches.
+            mask_ratio: share of hidden patches in this call, in place of the configuration's.
+            generator: draws the noise, when none is given.
+            interpolate_pos_encoding: accept images of another size than the configuration's.
+            output_hidden_states, output_attentions: of the encoder, see `MAEModel`.
+
+        Raises:
+            ValueError: the images, the noise or the mask do not fit, or nothing would be visible or hidden.
+        """
+        grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
+        ids_keep, ids_restore, mask = self._choose_visible(
+            pixel_values, grid_shape, noise, bool_masked_pos, mask_ratio, generator
+        )
+        encoded = self.vit(
+            pixel_values,
+            ids_keep=ids_keep,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.decoder(encoded.last_hidden_state, ids_restore, grid_shape)
+        loss = self._reconstruction_loss(pixel_values, logits, mask)
+        return MAEForPreTrainingOutput(
+            loss=loss,
+            logits=logits,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _choose_visible(
+        self,
+        pixel_values: Tensor,
+        grid_shape: tuple[int, int],
+        noise: Tensor | None,
+        bool_masked_pos: Tensor | None,
+        mask_ratio: float | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids_keep, ids_restore and mask, see `random_masking`."""
+        shape = (pixel_values.shape[0], grid_shape[0] * grid_shape[1])
+        if bool_masked_pos is not None:
+            if noise is not None or mask_ratio is not None:
+                raise ValueError(
+                    "bool_masked_pos already says what is hidden: pass neither noise nor mask_ratio with it."
+                )
+            hidden = patch_mask(bool_masked_pos, self.config.patch_shape).to(pixel_values.device)
+            # Sorted by "is hidden", the visible patches come first.
+            noise, num_visible = hidden.float(), hidden.shape[1] - int(hidden[0].sum())
+        else:
+            num_visible = self.config.num_visible_patches(shape[1], mask_ratio)
+            if noise is None:
+                device = pixel_values.device if generator is None else generator.device
+                noise = torch.rand(shape, generator=generator, device=device)
+        if noise.shape != shape:
+            raise ValueError(
+                f"The mask or noise is {tuple(noise.shape)}, but the images have (batch, patches) = {shape}."
+            )
+        return random_masking(noise.to(pixel_values.device), num_visible)
+
+    def _reconstruction_loss(self, pixel_values: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the hidden patches of the mean squared error of their pixels, always in float32."""
+        patches = patchify(pixel_values, self.config.patch_shape)
+        target = normalize_patches(patches) if self.config.norm_pix_loss else patches.float()
+        patch_loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
+        return (patch_loss * mask).sum() / mask.sum()
+
+    def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, N, P*Q*C), with the checks of `forward`."""
+        self._grid_shape(pixel_values, interpolate_pos_encoding)
+        return patchify(pixel_values, self.config.patch_shape)
+
+    def unpatchify(self, patchified_pixel_values: Tensor, original_image_size: tuple[int, int] | None = None) -> Tensor:
+        """(B, N, P*Q*C) -> (B, C, H, W); `original_image_size` (H, W) if it is not the configuration's."""
+        height, width = original_image_size or self.config.image_shape
+        patch_height, patch_width = self.config.patch_shape
+        grid_shape = (height // patch_height, width // patch_width)
+        return unpatchify(patchified_pixel_values, (patch_height, patch_width), grid_shape)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        pixel_values: Tensor,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **masking: Any,
+    ) -> MAEReconstruction:
+        """Pictures of what the model makes of partly hidden images (Fig. 2 to 4).
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            image_mean, image_std: of the image processor, one value a channel; they undo the normalisation. Without
+                them the pictures keep the units of `pixel_values`.
+            **masking: `noise`, `bool_masked_pos`, `mask_ratio`, `generator`, `interpolate_pos_encoding` of `forward`.
+
+        Returns:
+            image, masked, reconstruction and pasted, each (B, C, H, W), and the mask. Where `norm_pix_loss`,
+            predictions get the mean and deviation of the true patch back, as in the paper's figures.
+        """
+        output = self(pixel_values, return_dict=True, **masking)
+        patches = patchify(pixel_values, self.config.patch_shape).float()
+        predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()
+        hidden = output.mask.unsqueeze(-1).bool()  # (B, N, 1)
+
+        def picture(patches: Tensor) -> Tensor:
+            images = self.unpatchify(patches, (pixel_values.shape[2], pixel_values.shape[3]))
+            if image_mean is None or image_std is None:
+                return images
+            mean, std = images.new_tensor(image_mean), images.new_tensor(image_std)
+            return images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+
+        return MAEReconstruction(
+            image=picture(patches),
+            masked=picture(patches.masked_fill(hidden, 0)),
+            reconstruction=picture(predicted),
+            pasted=picture(torch.where(hidden, predicted, patches)),
+            mask=output.mask,
+        )
+
+
+class MAEForImageClassification(MAEPreTrainedModel):
+    """The encoder with a classification head, for fine-tuning (Section 4, Appendix A.1).
+
+    `pooling="mean"`: mean of the patch tokens, `fc_norm`, head; the encoder's own norm is dropped. `pooling="cls"`: the
+    encoder's norm, class token, head. The position table is trained, as everything else.
+    """
+
+    trains_position_table = True
+    # Loading a pre-training checkpoint leaves these behind; only what is new, the head and fc_norm, is worth a word.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^vit\.layernorm\."]
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__(config)
+        pools_mean = config.pooling == "mean"
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # transformers sets 2 if nothing is said
+        self.vit = MAEModel(config, final_norm=not pools_mean)
+        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pools_mean else nn.Identity()
+        self.classifier = MAEClassifier(config.hidden_size, self.num_labels)
+        self.post_init()
+        self._freeze_position_tables()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            labels: (B,) int, class indices, for cross-entropy; or (B, num_labels) float, soft targets as mixup makes
+                them. `config.problem_type` "regression" and "multi_label_classification" mean what they do elsewhere in
+                transformers.
+            interpolate_pos_encoding, output_hidden_states, output_attentions: see `MAEModel`.
+
+        Returns:
+            loss () if labels were given, logits (B, num_labels), hidden_states and attentions if asked for.
+        """
+        encoded = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.classifier(self.fc_norm(encoded.pooler_output))
+        return ImageClassifierOutput(
+            loss=None if labels is None else self._classification_loss(logits.float(), labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        one_of_many = self.num_labels > 1 and self.config.problem_type in (None, "single_label_classification")
+        if one_of_many and labels.is_floating_point():
+            # transformers would take float labels for independent ones; mixup's are one distribution over the classes.
+            return F.cross_entropy(logits, labels.to(logits))
+        return self.loss_function(labels, logits, self.config)
