@@ -1,0 +1,249 @@
+"""Pre-train a masked autoencoder on your own images.
+
+    accelerate launch examples/run_pretrain.py                                     # the quickstart: digits, on a CPU
+    accelerate launch examples/run_pretrain.py --dataset path/to/images --output_dir runs/mine
+    accelerate launch examples/run_pretrain.py --recipe vit_base_imagenet
+
+Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them): the paper's as defaults, then a recipe
+file, then the command line. Starting again in a run folder continues the run.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_bf16_available, set_seed
+from torch.utils.data import default_collate
+
+from mae_hf import MAEConfig, MAEForPreTraining
+from mae_hf.training.data import (
+    ImageSource,
+    Normalize,
+    PretrainingImages,
+    batches,
+    eval_transform,
+    image_processor,
+    make_schedule,
+    open_source,
+    train_transform,
+)
+from mae_hf.training.model_card import write_pretraining_card
+from mae_hf.training.optim import lr_at, parameter_groups
+from mae_hf.training.recipe import PretrainRecipe, parse_recipe
+from mae_hf.training.reconstruction import save_picture
+from mae_hf.training.run import DataClock, Progress, RunFolder
+
+EXAMPLES = Path(__file__).resolve().parent
+CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_pretrain.md"
+PICTURES = 8
+
+
+def read_recipe(arguments: list[str]) -> PretrainRecipe:
+    """The recipe of the command line; the quickstart's where neither a recipe nor a data set is named."""
+    named = {word.split("=")[0] for word in arguments}
+    if not named & {"--recipe", "--dataset", "--help", "-h"}:
+        arguments = ["--recipe", "quickstart", *arguments]
+    return parse_recipe(PretrainRecipe, arguments, EXAMPLES / "recipes")
+
+
+def best_precision() -> str | None:
+    """bf16 where an accelerator has it; on a CPU, what `accelerate config` says."""
+    return "bf16" if torch.accelerator.is_available() and is_bf16_available() else None
+
+
+def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
+    """A model from scratch, or the recipe's checkpoint at the recipe's image size, mask ratio and target."""
+    if recipe.model_name_or_path is None:
+        model = MAEForPreTraining(recipe.config())
+    else:
+        config = MAEConfig.from_pretrained(recipe.model_name_or_path)
+        for name, value in recipe.architecture().items():
+            if name not in ("image_size", "mask_ratio", "norm_pix_loss") and value != getattr(config, name):
+                raise ValueError(
+                    f"{name} is {value} in the recipe and {getattr(config, name)} in the checkpoint "
+                    f"{recipe.model_name_or_path}, which decides the architecture: leave {name} out."
+                )
+        # The only mismatch that is left is the position table of another image size; it is computed anew.
+        model = MAEForPreTraining.from_pretrained(
+            recipe.model_name_or_path, **recipe.architecture(), ignore_mismatched_sizes=True
+        )
+    if recipe.attn_implementation:
+        model.set_attn_implementation(recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def fixed_batch(source: ImageSource, config: MAEConfig, recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
+    """The first images of the source with masks that stay the same, so that pictures can be compared over time."""
+    transform = eval_transform(config.image_shape, recipe.center_crop)
+    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    return default_collate(images.first(PICTURES))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # ----------------------------------------------------------------------------------------------------------------
+    # Recipe, processes, images, model
+    # ----------------------------------------------------------------------------------------------------------------
+    recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+    trackers = None if recipe.report_to == "none" else recipe.report_to
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+    )
+    say = accelerator.print
+
+    with accelerator.main_process_first():  # the others find what it has written to the cache
+        source = open_source(recipe.dataset, recipe.split, recipe.image_column, recipe.streaming)
+    set_seed(recipe.seed)
+    model = build_model(recipe)
+    config = model.config
+    for name in ("image_mean", "image_std"):
+        if len(getattr(recipe, name)) != config.num_channels:
+            raise ValueError(
+                f"{name} has {len(getattr(recipe, name))} values, but the model has {config.num_channels} channels: "
+                f"give one value a channel."
+            )
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+
+    schedule = make_schedule(
+        source,
+        recipe.epochs,
+        recipe.total_batch_size,
+        recipe.per_device_batch_size,
+        accelerator.num_processes,
+        recipe.images_per_epoch,
+    )
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    accelerator.gradient_accumulation_steps = schedule.rounds
+
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
+    if recipe.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare_model = accelerator.unwrap_model(model)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Say what is about to happen; resume if the folder has a checkpoint
+    # ----------------------------------------------------------------------------------------------------------------
+    parameters = sum(parameter.numel() for parameter in bare_model.parameters())
+    encoder_parameters = sum(parameter.numel() for parameter in bare_model.vit.parameters())
+    height, width = config.image_shape
+    visible = config.num_visible_patches(config.num_patches)
+    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
+    say(f"model     {parameters:,} parameters, {encoder_parameters:,} in the encoder")
+    say(f"weights   {recipe.model_name_or_path or 'new'}")
+    say(f"patches   {height}x{width} pixels in {config.num_patches} patches, the encoder sees {visible}")
+    say(f"device    {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
+    say(
+        f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "
+        f"{schedule.micro_batch_size} images x {schedule.rounds} rounds of accumulation"
+    )
+    say(f"lr        base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}")
+    say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    say(f"folder    {folder.path}")
+
+    if accelerator.is_main_process:
+        folder.start()
+    if trackers is not None:
+        # Trackers show numbers and words; tensorboard refuses the lists and the None of a recipe.
+        settings = dataclasses.asdict(folder.recipe).items()
+        shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
+        accelerator.init_trackers("mae_hf", config=shown)
+    accelerator.wait_for_everyone()
+    first_step = folder.resume(accelerator)
+    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loop
+    # ----------------------------------------------------------------------------------------------------------------
+    transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
+    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    loader = batches(
+        images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer
+    )
+    data = DataClock(iter(loader))
+    normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
+    fixed = fixed_batch(source, config, recipe)
+
+    def save_reconstructions(path: Path) -> None:
+        # Every process takes part, because a sharded model needs them all; one writes.
+        pixel_values, noise = normalize(fixed["pixel_values"]), fixed["noise"].to(accelerator.device)
+        pictures = bare_model.reconstruct(pixel_values, recipe.image_mean, recipe.image_std, noise=noise)
+        if accelerator.is_main_process:
+            save_picture(pictures, path)
+
+    progress = Progress(total_steps, first_step, accelerator.is_main_process)
+    model.train()
+    loss_sum, logged_step, logged_time = torch.zeros((), device=accelerator.device), first_step, time.perf_counter()
+    for step in range(first_step + 1, total_steps + 1):
+        lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(schedule.rounds):
+            batch = next(data)
+            with accelerator.accumulate(model):
+                noise = batch["noise"].to(accelerator.device, non_blocking=True)
+                loss = model(normalize(batch["pixel_values"]), noise=noise).loss
+                accelerator.backward(loss)
+                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum += loss.detach() / schedule.rounds
+        progress.advance()
+
+        if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
+            steps = step - logged_step
+            mean_loss = accelerator.reduce(loss_sum, "mean").item() / steps
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"The loss is {mean_loss} between steps {logged_step + 1} and {step}. The last checkpoint is "
+                    f"{folder.newest_checkpoint()}; a lower --base_lr or --mixed_precision bf16 usually helps."
+                )
+            seconds = time.perf_counter() - logged_time
+            record = {
+                "step": step,
+                "epoch": step / schedule.steps_per_epoch,
+                "loss": mean_loss,
+                "lr": lr,
+                "images_per_second": steps * recipe.total_batch_size / seconds,
+                "data_wait": data.waited / seconds,
+            }
+            if accelerator.is_main_process:
+                folder.log(record)
+            accelerator.log(record, step=step)
+            progress.show(record)
+            loss_sum.zero_()
+            data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
+        if step % recipe.save_every == 0 or step == total_steps:
+            folder.save(accelerator, step, recipe.keep_checkpoints)
+        if recipe.picture_every and step % recipe.picture_every == 0:
+            save_reconstructions(folder.pictures / f"step-{step:08d}.png")
+    progress.close()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The model, its processor, its picture and its card
+    # ----------------------------------------------------------------------------------------------------------------
+    save_reconstructions(folder.path / "reconstruction.png")
+    bare_model.save_pretrained(
+        folder.path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
+    )
+    if accelerator.is_main_process:
+        image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std).save_pretrained(folder.path)
+        write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
+    accelerator.end_training()
+    say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")
+    say(f"    python examples/visualize.py {folder.path} YOUR_IMAGE.jpg")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # something that the user can mend, said in a sentence
+        sys.exit(f"run_pretrain.py: {error}")

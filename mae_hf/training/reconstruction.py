@@ -1,0 +1,33 @@
+"""Pictures for a person: image | masked | reconstruction | reconstruction with the visible patches, a row an image."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from ..modeling_mae import MAEReconstruction
+
+SMALLEST_SIDE = 96
+
+
+def save_picture(reconstruction: MAEReconstruction, path: Path | str) -> None:
+    """Write the four pictures of every image of a batch as one PNG, a row an image.
+
+    Args:
+        reconstruction: of `MAEForPreTraining.reconstruct`, with values in [0, 1] up to overshoot.
+        path: of the PNG. Images smaller than 96 pixels are enlarged by a whole factor, pixel by pixel.
+    """
+    columns = [reconstruction.image, reconstruction.masked, reconstruction.reconstruction, reconstruction.pasted]
+    pictures = torch.stack([_as_rgb(column) for column in columns if column is not None], dim=1)  # (B, 4, 3, H, W)
+    factor = max(1, -(-SMALLEST_SIDE // min(pictures.shape[-2:])))
+    pictures = F.interpolate(pictures.flatten(0, 1), scale_factor=factor, mode="nearest")
+    grid = make_grid(pictures.clamp(0, 1), nrow=len(columns), padding=4, pad_value=1.0)
+    to_pil_image(grid.cpu()).save(path)
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 3, H, W): grey is repeated; beyond three channels, the first three are shown."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -1,0 +1,155 @@
+"""Masking as properties: which patches are kept, and that everything finds its way back."""
+
+import pytest
+import torch
+
+from mae_hf.masking import patch_mask, random_masking, restore, take
+
+# (patches, visible), with primes, a single visible and a single hidden patch
+AWKWARD = [(2, 1), (3, 2), (7, 1), (13, 12), (16, 4), (97, 24), (100, 9), (196, 49)]
+
+
+def noise(batch: int, patches: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, patches, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("patches", "visible"), AWKWARD)
+def test_random_masking__keep_and_hidden_partition(patches: int, visible: int) -> None:
+    ids_keep, _, mask = random_masking(noise(5, patches), visible)
+    for kept, hidden in zip(ids_keep, mask, strict=True):
+        assert set(kept.tolist()) | set(hidden.nonzero().flatten().tolist()) == set(range(patches))
+        assert not set(kept.tolist()) & set(hidden.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize(("patches", "visible"), AWKWARD)
+def test_random_masking__counts_and_dtypes(patches: int, visible: int) -> None:
+    ids_keep, ids_restore, mask = random_masking(noise(5, patches), visible)
+    assert (ids_keep.shape, ids_keep.dtype) == ((5, visible), torch.int64)
+    assert (ids_restore.shape, ids_restore.dtype) == ((5, patches), torch.int64)
+    assert (mask.shape, mask.dtype) == ((5, patches), torch.float32)
+    assert mask.unique().tolist() == [0, 1]
+    assert mask.sum(dim=1).tolist() == [patches - visible] * 5
+
+
+@pytest.mark.parametrize(("patches", "visible"), AWKWARD)
+def test_random_masking__smallest_noise_is_visible(patches: int, visible: int) -> None:
+    values = noise(5, patches)
+    _, _, mask = random_masking(values, visible)
+    for row, hidden in zip(values, mask.bool(), strict=True):
+        assert row[~hidden].max() < row[hidden].min()
+
+
+@pytest.mark.parametrize(("patches", "visible"), AWKWARD)
+def test_random_masking__ids_restore_inverts_the_shuffle(patches: int, visible: int) -> None:
+    ids_keep, ids_restore, _ = random_masking(noise(5, patches), visible)
+    for kept, places in zip(ids_keep, ids_restore, strict=True):
+        assert sorted(places.tolist()) == list(range(patches))
+        assert places[kept].tolist() == list(range(visible))
+
+
+@pytest.mark.parametrize(("patches", "visible"), AWKWARD)
+def test_restore__undoes_take(patches: int, visible: int) -> None:
+    tokens = torch.randn(5, patches, 6, generator=torch.Generator().manual_seed(1))
+    mask_token = torch.full((1, 1, 6), 7.0)
+    ids_keep, ids_restore, mask = random_masking(noise(5, patches), visible)
+    restored = restore(take(tokens, ids_keep), mask_token, ids_restore)
+    assert torch.equal(restored, torch.where(mask.unsqueeze(-1).bool(), mask_token, tokens))
+
+
+def test_take__slow_loop() -> None:
+    tokens = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[7, 0, 3], [1, 1, 2], [4, 6, 5]])
+    taken = take(tokens, ids)
+    assert taken.shape == (3, 3, 5)
+    for b in range(3):
+        for v in range(3):
+            assert torch.equal(taken[b, v], tokens[b, ids[b, v]])
+
+
+def test_restore__mask_token_takes_the_dtype_of_the_tokens() -> None:
+    # Under autocast the tokens are bfloat16 while the parameter is float32.
+    ids_keep, ids_restore, _ = random_masking(noise(1, 4), 2)
+    visible = take(torch.ones(1, 4, 2, dtype=torch.bfloat16), ids_keep)
+    assert restore(visible, torch.zeros(1, 1, 2), ids_restore).dtype == torch.bfloat16
+
+
+def test_random_masking__every_patch_equally_likely() -> None:
+    patches, visible, draws = 16, 4, 8000
+    _, _, mask = random_masking(noise(draws, patches), visible)
+    expected = draws * (1 - visible / patches)
+    # A count varies by draws * 1/4 * 3/4 and the counts add up, which takes one degree of freedom: the sum below is
+    # chi-square-like with 15 degrees of freedom, and above 37.7 once in a thousand seeds.
+    deviation = (mask.sum(dim=0) - expected).square().sum() / (draws * 3 / 16) * 15 / 16
+    assert deviation < 37.7
+
+
+def test_random_masking__images_of_a_batch_are_masked_differently() -> None:
+    _, _, mask = random_masking(noise(8, 100), 25)
+    assert len({tuple(row) for row in mask.tolist()}) == 8
+
+
+def test_random_masking__ties_keep_raster_order() -> None:
+    ids_keep, ids_restore, mask = random_masking(torch.zeros(1, 100), 25)
+    assert ids_keep.tolist() == [list(range(25))]
+    assert ids_restore.tolist() == [list(range(100))]
+    assert mask.tolist() == [[0.0] * 25 + [1.0] * 75]
+
+
+def test_random_masking__same_noise_same_mask() -> None:
+    first, second = random_masking(noise(4, 50), 12), random_masking(noise(4, 50), 12)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_random_masking__order_of_the_noise_is_all_that_matters() -> None:
+    values = noise(4, 50)
+    for same_order in (values * 100 - 7, values.double(), values.exp()):
+        assert torch.equal(random_masking(same_order, 12)[2], random_masking(values, 12)[2])
+
+
+def test_patch_mask__patches_as_they_are() -> None:
+    hidden = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]])
+    expected = [[True, False, False, True], [False, True, True, False]]
+    for given in (hidden, hidden.bool(), hidden.float()):
+        assert patch_mask(given, (4, 4)).tolist() == expected
+
+
+@pytest.mark.parametrize("channel", [False, True])
+def test_patch_mask__one_pixel_hides_its_patch(channel: bool) -> None:
+    # 3x2 patches of 2x4 pixels; two pixels of one patch, and one in a corner of another
+    pixels = torch.zeros(1, 6, 8, dtype=torch.bool)
+    pixels[0, 0, 0] = pixels[0, 1, 3] = pixels[0, 5, 4] = True
+    hidden = patch_mask(pixels.unsqueeze(1) if channel else pixels, (2, 4))
+    assert hidden.dtype == torch.bool
+    assert hidden.tolist() == [[True, False, False, False, False, True]]
+
+
+@pytest.mark.parametrize(("pixel_value"), [0.25, -1, 255])
+def test_patch_mask__any_non_zero_pixel_is_hidden(pixel_value: float) -> None:
+    pixels = torch.zeros(1, 4, 4)
+    pixels[0, 3, 0] = pixel_value
+    assert patch_mask(pixels, (2, 2)).tolist() == [[False, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((2, 9, 8), "pixel mask of 9x8 does not divide into patches of .4, 4."),
+        ((2, 8, 9), "pixel mask of 8x9 does not divide into patches of .4, 4."),
+        ((16,), r"must be .batch, patches. or pixels .batch, height, width., but is \(16,\)"),
+        ((2, 3, 8, 8), r"must be .batch, patches. or pixels .batch, height, width., but is \(2, 3, 8, 8\)"),
+    ],
+)
+def test_patch_mask__wrong_shape_is_refused(shape: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        patch_mask(torch.ones(shape), (4, 4))
+
+
+def test_patch_mask__unequal_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"hides \[1, 2\] patches: every image of a batch must hide the same number"):
+        patch_mask(torch.tensor([[1, 0, 0], [1, 1, 0]]), (4, 4))
+
+
+@pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 6)])
+def test_patch_mask__nothing_or_everything_hidden_is_refused(value: int, count: int) -> None:
+    with pytest.raises(ValueError, match=f"hides {count} of 6 patches: one at least must be hidden, one visible"):
+        patch_mask(torch.full((2, 6), value), (4, 4))
