@@ -164,9 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
     images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
-    loader = batches(
-        images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer
-    )
+    loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
     data = DataClock(iter(loader))
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
     fixed = fixed_batch(source, config, recipe)
@@ -235,7 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder.path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
     )
     if accelerator.is_main_process:
-        image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std).save_pretrained(folder.path)
+        processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
+        processor.save_pretrained(folder.path)
         write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
     accelerator.end_training()
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")

@@ -174,6 +174,12 @@ class MAEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {rate!r}.")
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
+        patch_height, patch_width = self.patch_shape
+        if self.norm_pix_loss and patch_height * patch_width * self.num_channels == 1:
+            raise ValueError(
+                "A patch of one value has no variance to be normalised by: choose a larger patch_size, or "
+                "norm_pix_loss=False."
+            )
         self.num_visible_patches(self.num_patches)
 
     def num_visible_patches(self, num_patches: int, mask_ratio: float | None = None) -> int:

@@ -404,19 +404,23 @@ class MAEModel(MAEPreTrainedModel):
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
         tokens = self.embeddings(patches, ids_keep, grid_shape)  # (B, 1 + V, D)
 
-        hidden_states, attentions = [tokens], []
+        # Kept only if asked for: without gradients, a list would hold every layer's output in memory to the end.
+        hidden_states: tuple[Tensor, ...] = (tokens,)
+        attentions: tuple[Tensor, ...] = ()
         for layer in self.layers:
             tokens, weights = layer(tokens)
-            hidden_states.append(tokens)
-            attentions.append(weights)
+            if output_hidden_states:
+                hidden_states += (tokens,)
+            if output_attentions:
+                attentions += (weights,)
 
         tokens = self.layernorm(tokens)
         pooled = tokens[:, 1:].mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0]
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=pooled,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
 
 

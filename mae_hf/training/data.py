@@ -289,7 +289,7 @@ class SampleKey(NamedTuple):
     """Which image, in which epoch. A stream adds the encoded image itself, for it cannot be asked for by index."""
 
     epoch: int
-    index: int
+    image_index: int
     record: dict[str, Any] | None = None
 
 
@@ -403,7 +403,7 @@ def make_schedule(
 def sample_randomness(seed: int, key: SampleKey) -> Iterator[None]:
     """Inside, torch's random numbers are those of this sample; outside, nothing has happened."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, key.epoch, key.index))
+        torch.default_generator.manual_seed(seed_of(seed, key.epoch, key.image_index))
         yield
 
 
@@ -433,7 +433,7 @@ class PretrainingImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.num_channels, self.num_patches = num_channels, num_patches
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        record = key.record if key.record is not None else self.source.images[key.index]["image"]
+        record = key.record if key.record is not None else self.source.images[key.image_index]["image"]
         image = decode_image(record, self.num_channels)
         with sample_randomness(self.seed, key):
             noise = torch.rand(self.num_patches)
