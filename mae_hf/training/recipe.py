@@ -137,7 +137,7 @@ class PretrainRecipe:
         """The fields of `MAEConfig` that this recipe sets, to go on top of a named size or of a checkpoint."""
         chosen = {name: getattr(self, name) for name in self._config_fields()}
         for name in ("image_size", "patch_size"):
-            if chosen[name] is not None and len(chosen[name]) == 1:
+            if chosen[name] is not None and len(set(chosen[name])) == 1:
                 chosen[name] = chosen[name][0]
         return {name: value for name, value in chosen.items() if value is not None}
 

@@ -25,7 +25,8 @@ def save_picture(reconstruction: MAEReconstruction, path: Path | str) -> None:
     factor = max(1, -(-SMALLEST_SIDE // min(pictures.shape[-2:])))
     pictures = F.interpolate(pictures.flatten(0, 1), scale_factor=factor, mode="nearest")
     grid = make_grid(pictures.clamp(0, 1), nrow=len(columns), padding=4, pad_value=1.0)
-    to_pil_image(grid.cpu()).save(path)
+    # to_pil_image would round down, and show 99.9999 as 99.
+    to_pil_image((grid * 255).round().byte().cpu()).save(path)
 
 
 def _as_rgb(images: Tensor) -> Tensor:

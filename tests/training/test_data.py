@@ -1,0 +1,348 @@
+"""Sources, decoding, transforms, and the order of the samples."""
+
+import io
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_hf.training.data import (
+    Normalize,
+    PretrainingImages,
+    SampleKey,
+    batches,
+    decode_image,
+    eval_transform,
+    image_order,
+    image_processor,
+    make_schedule,
+    open_source,
+    sample_keys,
+    train_transform,
+)
+
+
+def pixels(index: int, channels: int = 3) -> np.ndarray:
+    """A 12x16 picture of one brightness, so that it can be told which one it is even through JPEG."""
+    shape = (12, 16) if channels == 1 else (12, 16, channels)
+    return np.full(shape, 10 * index + 5, dtype=np.uint8)
+
+
+def encoded(index: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(index)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def which(record: dict) -> int:
+    return round((decode_image(record, 1).float().mean().item() - 5) / 10)
+
+
+def write_folder(folder: Path, names: list[str]) -> str:
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(index, "JPEG" if name.endswith("jpg") else "PNG"))
+    return str(folder)
+
+
+def write_table(count: int = 6) -> datasets.Dataset:
+    features = datasets.Features({"picture": datasets.Image(), "note": datasets.Value("string")})
+    rows = {"picture": [{"bytes": encoded(i), "path": None} for i in range(count)], "note": ["a"] * count}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write_parquet(folder: Path) -> str:
+    folder.mkdir()
+    write_table().to_parquet(str(folder / "train-00000.parquet"))
+    return str(folder)
+
+
+def write_arrow(folder: Path) -> str:
+    folder.mkdir()
+    write_table().save_to_disk(str(folder / "saved"))
+    (shard,) = (folder / "saved").glob("data-*.arrow")
+    return str(shard)
+
+
+def write_saved(folder: Path) -> str:
+    write_table().save_to_disk(str(folder))
+    return str(folder)
+
+
+def write_shards(folder: Path) -> str:
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
+            for index in range(3 * shard, 3 * shard + 3):
+                for ending, content in ((".png", encoded(index)), (".txt", b"a note")):
+                    info = tarfile.TarInfo(f"{index:04d}{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return f"{folder}/part-*.tar"
+
+
+SOURCES = {
+    "flat folder": lambda path: write_folder(path, [f"{i}.jpg" for i in range(6)]),
+    "labelled folder": lambda path: write_folder(path, [f"{'ab'[i // 3]}/{i}.png" for i in range(6)]),
+    "parquet": write_parquet,
+    "arrow": write_arrow,
+    "saved to disk": write_saved,
+    "webdataset": write_shards,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_open_source__every_image_once(kind: str, streaming: bool, tmp_path: Path) -> None:
+    source = open_source(SOURCES[kind](tmp_path / "images"), streaming=streaming)
+    assert source.is_stream == streaming
+    assert sorted(which(row["image"]) for row in source.images) == list(range(6))
+    assert str(tmp_path) not in source.name
+
+
+def test_open_source__digits_are_those_of_scikit_learn() -> None:
+    digits = pytest.importorskip("sklearn.datasets", reason="the digits are inside scikit-learn").load_digits()
+    source = open_source("digits")
+    assert source.length == 1797
+    image = decode_image(source.images[17]["image"], 1)
+    assert torch.equal(image[0], torch.tensor((digits.images[17] * 255 / 16).round(), dtype=torch.uint8))
+
+
+def test_open_source__splits_of_a_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, ["train/a/0.png", "train/b/1.png", "test/a/2.png"])
+    assert [which(row["image"]) for row in open_source(folder, "test").images] == [2]
+    assert open_source(folder, "train").length == 2
+    with pytest.raises(ValueError, match="splits test, train"):
+        open_source(folder, "validation")
+
+
+def test_open_source__a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    # `datasets` by itself reads only the trains of such a folder.
+    folder = write_folder(tmp_path, ["train/0.png", "car/1.png", "plane/2.png"])
+    assert open_source(folder).length == 3
+
+
+def test_open_source__brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
+    assert open_source(write_folder(tmp_path / "run [1]", ["0.png", "1.png"])).length == 2
+
+
+def test_open_source__refuses_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no images")
+    with pytest.raises(ValueError, match="no image file in"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        open_source(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"ends in \.parquet, \.arrow, \.tar"):
+        open_source(str(tmp_path / "notes.txt"))
+
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(tmp_path / "words.parquet"))
+    with pytest.raises(ValueError, match=r"0 columns of images among its columns \(text, label\)"):
+        open_source(str(tmp_path / "words.parquet"))
+
+    twice = datasets.concatenate_datasets(
+        [write_table(), write_table().rename_columns({"picture": "again", "note": "n"})], axis=1
+    )
+    twice.to_parquet(str(tmp_path / "two.parquet"))
+    with pytest.raises(ValueError, match="2 columns of images"):
+        open_source(str(tmp_path / "two.parquet"))
+    assert open_source(str(tmp_path / "two.parquet"), image_column="again").length == 6
+    with pytest.raises(ValueError, match="no column 'agian'"):
+        open_source(str(tmp_path / "two.parquet"), image_column="agian")
+
+
+# --- decoding
+
+
+def record_of(image: Image.Image, kind: str = "PNG", **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+RED = Image.new("RGB", (4, 3), (200, 20, 40))
+LOOKS_RED = {
+    "RGB": record_of(RED),
+    "RGBA": record_of(RED.convert("RGBA")),
+    "palette": record_of(RED.convert("P")),
+    "transparent palette": record_of(RED.convert("P"), transparency=bytes([0, 128, 255])),
+    "CMYK": record_of(RED.convert("CMYK"), "TIFF"),
+    "JPEG": record_of(RED, "JPEG", quality=95),
+}
+
+
+@pytest.mark.parametrize("kind", LOOKS_RED)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_decode_image__every_mode_becomes_the_channels(kind: str, channels: int) -> None:
+    image = decode_image(LOOKS_RED[kind], channels)
+    assert image.shape == (channels, 3, 4)
+    assert image.dtype == torch.uint8
+    # A palette of 216 colours and JPEG move the colour a little; a lost or swapped channel moves it by over 100.
+    expected = {1: [76], 3: [200, 20, 40], 4: [200, 20, 40]}[channels]
+    assert (image.float().mean((1, 2))[:3] - torch.tensor(expected).float()).abs().max() < 30
+
+
+def test_decode_image__16_bit_keeps_its_high_byte() -> None:
+    values = np.array([[0, 256, 300], [40000, 65535, 255]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        image = decode_image(record_of(Image.fromarray(values), kind), 3)
+        assert torch.equal(image[0], torch.tensor(values >> 8, dtype=torch.uint8)), kind
+
+
+def test_decode_image__is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    assert decode_image(record_of(RED, "JPEG", exif=exif), 3).shape == (3, 4, 3)
+
+
+def test_decode_image__names_the_file_it_cannot_read(tmp_path: Path) -> None:
+    for name, content in (("text.jpg", b"not an image"), ("empty.png", b""), ("cut.png", encoded(1)[:50])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as an image"):
+            decode_image({"bytes": None, "path": str(tmp_path / name)}, 3)
+    with pytest.raises(ValueError, match="floats, which have no known range"):
+        decode_image(record_of(Image.fromarray(np.ones((2, 2), dtype=np.float32)), "TIFF"), 3)
+
+
+# --- transforms
+
+
+@pytest.mark.parametrize(("shape", "center_crop"), [((224, 224), 0.875), ((32, 32), 1.0), ((64, 96), 0.875)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_processor__equals_the_eval_transform(shape: tuple[int, int], center_crop: float, channels: int) -> None:
+    mean, std = [0.485, 0.456, 0.406][:channels], [0.229, 0.224, 0.225][:channels]
+    image = torch.randint(0, 256, (channels, 190, 250), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    processor = image_processor(shape, center_crop, mean, std)
+    normalize = Normalize(mean, std, torch.device("cpu"))
+    ours = normalize(eval_transform(shape, center_crop)(image))
+    theirs = processor(image, return_tensors="pt").pixel_values[0]
+    assert ours.shape == (channels, *shape)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_train_transform__crops_within_the_scale_and_flips_half() -> None:
+    ramp = torch.arange(64, dtype=torch.uint8).expand(1, 64, 64).clone()  # brightness says the column
+    transform = train_transform((64, 64), [0.2, 1.0], horizontal_flip=True)
+    torch.manual_seed(0)
+    shares, flips = [], 0
+    for _ in range(300):
+        row = transform(ramp)[0, 32].float()
+        shares.append(((row.max() - row.min()).abs() / 63).item())
+        flips += int(row[-1] < row[0])
+    # The smallest crop is 0.2 of the area at an aspect ratio of 3/4: sqrt(0.2 * 3/4) = 0.39 of the width.
+    assert 0.36 < min(shares) < 0.5
+    assert max(shares) > 0.95
+    assert 120 < flips < 180
+    never = train_transform((64, 64), [0.2, 1.0], horizontal_flip=False)
+    assert all(never(ramp)[0, 32, 0] < never(ramp)[0, 32, -1] for _ in range(30))
+
+
+def test_normalize__by_hand() -> None:
+    normalize = Normalize([0.5, 0.25], [0.5, 0.1], torch.device("cpu"))
+    out = normalize(torch.tensor([[[[255]], [[51]]]], dtype=torch.uint8))
+    assert torch.allclose(out.flatten(), torch.tensor([1.0, -0.5]))
+
+
+# --- order
+
+
+def test_image_order__a_permutation_of_seed_and_epoch() -> None:
+    orders = {(seed, epoch): tuple(image_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len(set(orders.values())) == 4
+    assert tuple(image_order(50, 1, 1).tolist()) == orders[1, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("position", [0, 1, 5, 6, 7, 17, 18])
+def test_sample_keys__from_a_position_is_the_rest_of_the_whole(streaming: bool, position: int, tmp_path: Path) -> None:
+    source = open_source(write_shards(tmp_path / "shards"), streaming=streaming)
+    whole = list(islice(sample_keys(source, seed=3, position=0, shuffle_buffer=4), 24))
+    for epoch in range(4):  # every image once an epoch
+        assert [key.epoch for key in whole[6 * epoch : 6 * epoch + 6]] == [epoch] * 6
+        assert sorted(key.image_index for key in whole[6 * epoch : 6 * epoch + 6]) == list(range(6))
+    if streaming:
+        assert sorted(which(key.record) for key in whole[:6]) == list(range(6))
+        assert len({tuple(which(key.record) for key in whole[6 * e : 6 * e + 6]) for e in range(4)}) > 1
+    rest = list(islice(sample_keys(source, seed=3, position=position, shuffle_buffer=4), 24 - position))
+    assert rest == whole[position:]
+
+
+def pretraining_images(source) -> PretrainingImages:
+    return PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), 3, num_patches=4, seed=5)
+
+
+def test_pretraining_images__depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path, ["0.png", "1.png"]))
+    images = pretraining_images(source)
+    state = torch.get_rng_state()
+    first = images[SampleKey(2, 1)]
+    assert torch.equal(torch.get_rng_state(), state), "the sample drew from the global random numbers"
+    images[SampleKey(0, 0)]
+    torch.manual_seed(99)
+    again = images[SampleKey(2, 1)]
+    assert torch.equal(first["noise"], again["noise"])
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    other_noise = [images[key]["noise"] for key in (SampleKey(2, 0), SampleKey(1, 1), SampleKey(3, 1))]
+    assert not any(torch.equal(first["noise"], noise) for noise in other_noise)
+
+
+def test_pretraining_images__refuse_channels_that_files_do_not_have(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path, ["0.png"]))
+    with pytest.raises(ValueError, match="1, 3 or 4 channels, but num_channels is 7"):
+        PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), 7, num_patches=4, seed=0)
+
+
+def steps_of_noise(source, processes: int, workers: int = 0, first_step: int = 0) -> list[torch.Tensor]:
+    """For every step the noise of its samples over all processes, sorted: a fingerprint of which samples it has."""
+    schedule = make_schedule(
+        source, epochs=3, total_batch_size=4, per_device_batch_size=2, num_processes=processes, images_per_epoch=6
+    )
+    loaders = [
+        list(batches(pretraining_images(source), schedule, first_step, process, workers, shuffle_buffer=3))
+        for process in range(processes)
+    ]
+    steps = []
+    for step in range(schedule.total_steps - first_step):
+        rounds = slice(step * schedule.rounds, (step + 1) * schedule.rounds)
+        steps.append(torch.cat([batch["noise"] for loader in loaders for batch in loader[rounds]]).sort(0).values)
+    return steps
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batches__same_samples_for_any_processes_workers_and_interruption(streaming: bool, tmp_path: Path) -> None:
+    source = open_source(write_shards(tmp_path / "shards"), streaming=streaming)
+    one = steps_of_noise(source, processes=1)
+    assert len(one) == 4  # 3 epochs of 6 images in batches of 4, the last incomplete one left out
+    for other in (
+        steps_of_noise(source, processes=2),
+        steps_of_noise(source, processes=4),
+        steps_of_noise(source, processes=1, workers=2),
+        one[:3] + steps_of_noise(source, processes=2, first_step=3),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_make_schedule__derives_accumulation(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path, [f"{i}.png" for i in range(10)]))
+    schedule = make_schedule(source, 4, total_batch_size=16, per_device_batch_size=2, num_processes=4)
+    assert (schedule.micro_batch_size, schedule.rounds) == (2, 2)
+    assert schedule.total_steps == 2  # 40 samples; a batch larger than the images is filled by the next epoch
+    assert make_schedule(source, 4, 16, per_device_batch_size=64, num_processes=1).rounds == 1
+    assert make_schedule(source, 1, total_batch_size=64, per_device_batch_size=64, num_processes=1).total_steps == 1
+
+
+def test_make_schedule__refuses_with_a_sentence(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path, [f"{i}.png" for i in range(4)]))
+    with pytest.raises(ValueError, match="total_batch_size 9 cannot be divided over 2 processes"):
+        make_schedule(source, 1, 9, 4, num_processes=2)
+    with pytest.raises(ValueError, match="cannot be divided into rounds of per_device_batch_size 4"):
+        make_schedule(source, 1, 18, 4, num_processes=1)
+    stream = open_source(write_shards(tmp_path / "shards"), streaming=True)
+    with pytest.raises(ValueError, match="--images_per_epoch"):
+        make_schedule(stream, 1, 2, 2, num_processes=1)

@@ -1,0 +1,93 @@
+"""Recipes: the paper's defaults, YAML and command line on top, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mae_hf.training.recipe import MAY_CHANGE, PretrainRecipe, as_yaml, parse_recipe
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+def parse(*words: str) -> PretrainRecipe:
+    return parse_recipe(PretrainRecipe, list(words), RECIPES)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes__parse_and_make_a_model(path: Path) -> None:
+    recipe = parse("--recipe", path.stem)
+    assert recipe.config().num_patches > 1
+    for word in ("Source", "Expect", "Time", "Command"):  # the card at the head of the file
+        assert f"# {word}" in path.read_text(), word
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(recipe, key) == value, key
+
+
+def test_defaults__are_table_8_of_the_paper() -> None:
+    recipe = parse()
+    assert recipe.effective_lr == pytest.approx(2.4e-3)
+    assert (recipe.total_batch_size, recipe.epochs, recipe.warmup_epochs) == (4096, 800, 40)
+    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.weight_decay) == (0.9, 0.95, 0.05)
+    assert (recipe.crop_scale, recipe.horizontal_flip, recipe.max_grad_norm) == ([0.2, 1.0], True, None)
+    config = recipe.config()
+    assert (config.hidden_size, config.num_patches, config.mask_ratio, config.norm_pix_loss) == (768, 196, 0.75, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "encoder", "effective_lr"),
+    # Width, depth and patch of the three encoders of the paper; 1.5e-4 * 4096 / 256.
+    [("base", (768, 12, 16), 2.4e-3), ("large", (1024, 24, 16), 2.4e-3), ("huge", (1280, 32, 14), 2.4e-3)],
+)
+def test_imagenet_recipes__are_the_paper(size: str, encoder: tuple[int, int, int], effective_lr: float) -> None:
+    recipe = parse("--recipe", f"vit_{size}_imagenet")
+    config = recipe.config()
+    assert (config.hidden_size, config.num_hidden_layers, config.patch_size) == encoder
+    assert recipe.effective_lr == pytest.approx(effective_lr)
+
+
+def test_parse__command_line_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nseed: 3\nimage_size: [32, 48]\nnorm_pix_loss: false\n")
+    recipe = parse("--recipe", str(file), "--epochs", "9", "--warmup_epochs=1")
+    assert (recipe.epochs, recipe.seed, recipe.weight_decay) == (9, 3, 0.05)
+    assert recipe.config().image_size == [32, 48]
+    assert recipe.norm_pix_loss is False
+
+
+def test_parse__a_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
+    recipe = parse("--recipe", "quickstart", "--seed", "4")
+    resolved = recipe.resolved(recipe.config(), "no")
+    (tmp_path / "recipe.yaml").write_text(as_yaml(resolved))
+    assert parse("--recipe", str(tmp_path / "recipe.yaml")) == resolved
+    assert resolved.config().to_dict() == recipe.config().to_dict()
+
+
+def test_parse__refuses_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'--epoch' is no setting\. Did you mean 'epochs'"):
+        parse("--epoch", "3")
+    (tmp_path / "bad.yaml").write_text("mask_ration: 0.5\n")
+    with pytest.raises(
+        ValueError, match=r"bad.yaml sets 'mask_ration', which is no setting\. Did you mean 'mask_ratio'"
+    ):
+        parse("--recipe", str(tmp_path / "bad.yaml"))
+    with pytest.raises(ValueError, match=r"no recipe file 'quickstat'.*Did you mean 'quickstart'"):
+        parse("--recipe", "quickstat")
+    with pytest.raises(ValueError, match="epochs: invalid int value: 'many'"):
+        parse("--epochs", "many")
+    with pytest.raises(ValueError, match=r"no model size 'bases'\. Did you mean 'base'"):
+        parse("--size", "bases")
+    with pytest.raises(ValueError, match="crop_scale must be two shares"):
+        parse("--crop_scale", "0.9", "0.2")
+    with pytest.raises(ValueError, match="center_crop must be"):
+        parse("--center_crop", "1.5")
+    with pytest.raises(ValueError, match=r"warmup_epochs 40\.0 must lie between 0 and epochs, 2"):
+        parse("--epochs", "2")
+    with pytest.raises(ValueError, match="image_size must be one number or height and width"):
+        parse("--image_size", "1", "2", "3")
+    with pytest.raises(ValueError, match="total_batch_size must be at least 1"):
+        parse("--total_batch_size", "0")
+
+
+def test_may_change__names_settings_that_exist() -> None:
+    assert set(PretrainRecipe.__dataclass_fields__) >= MAY_CHANGE

@@ -1,0 +1,80 @@
+"""The run folder: another recipe, metrics after a cut, checkpoints that are complete or absent; the progress lines."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mae_hf.training.recipe import PretrainRecipe
+from mae_hf.training.run import Progress, RunFolder
+
+
+def run_folder(path: Path, **settings) -> RunFolder:
+    return RunFolder(str(path), PretrainRecipe(output_dir=str(path), **settings))
+
+
+def test_run_folder__refuses_another_recipe(tmp_path: Path) -> None:
+    run_folder(tmp_path).start()
+    run_folder(tmp_path, epochs=900, num_workers=0)  # these may change
+    with pytest.raises(ValueError, match=r"another recipe \(mask_ratio: 0.75 there, 0.5 now; seed: 0 there, 1 now\)"):
+        run_folder(tmp_path, mask_ratio=0.5, seed=1)
+
+
+def prepared(accelerator: Accelerator) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(3, 2)
+    return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+
+
+def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    model, optimizer = prepared(accelerator)
+    assert folder.resume(accelerator) == 0
+    for step in (1, 2, 3):
+        take_step(model, optimizer)
+        folder.log({"step": step, "loss": 0.5})
+        folder.save(accelerator, step, keep=2)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    expected = model.weight.detach().clone()
+
+    take_step(model, optimizer)
+    folder.log({"step": 4, "loss": 0.4})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 5, "lo')  # cut off while writing
+    (folder.checkpoints / ".step-00000004.partial").mkdir()  # and here, while saving
+    assert run_folder(tmp_path).resume(accelerator) == 3
+    assert torch.equal(model.weight, expected)
+    assert [record["step"] for record in folder.history()] == [1, 2, 3]
+    take_step(model, optimizer)
+    folder.save(accelerator, 4, keep=2)
+    assert folder.newest_checkpoint() == folder.checkpoints / "step-00000004"
+
+
+def test_run_folder__writes_recipe_and_versions(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.start()
+    assert "mask_ratio: 0.75" in (tmp_path / "recipe.yaml").read_text()
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__.split("+")[0]
+    assert dataclasses.asdict(folder.recipe)["output_dir"] == str(tmp_path)
+
+
+def test_progress__plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"epoch": 1.5, "loss": 0.25, "lr": 1e-3, "images_per_second": 812.0, "data_wait": 0.031}
+    for visible in (True, False):
+        progress = Progress(total_steps=4, first_step=0, visible=visible)
+        progress.advance()
+        progress.show(record)
+        progress.close()
+    (line,) = capsys.readouterr().out.splitlines()  # the second process says nothing
+    assert line.startswith("step 1/4  epoch 1.50  loss 0.2500  lr 1.00e-03  812 images/s  waiting for data 3%")
+    assert line.endswith("left")
