@@ -4,6 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # The encoders of the paper (ViT-B, ViT-L, ViT-H) and the two usual smaller ViTs. The decoder does not grow with the
 # encoder: 512 wide and 8 blocks deep for every size (Table 1a, 1b).
@@ -136,7 +137,8 @@ class MAEConfig(PreTrainedConfig):
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
             pair = (size, size) if isinstance(size, int) else size
-            if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+            is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+            if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
                 raise ValueError(f"{name} must be a positive int or (height, width) of two, but is {size!r}.")
         for name in (
             "hidden_size",
@@ -172,6 +174,8 @@ class MAEConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= (rate := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {rate!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
         patch_height, patch_width = self.patch_shape
@@ -193,10 +197,11 @@ class MAEConfig(PreTrainedConfig):
             ValueError: the ratio leaves no visible or no hidden patch.
         """
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        visible = int(num_patches * (1 - ratio)) if 0 < ratio < 1 else -1
+        is_share = isinstance(ratio, int | float) and 0 < ratio < 1
+        visible = int(num_patches * (1 - ratio)) if is_share else -1
         if not 0 < visible < num_patches:
             raise ValueError(
-                f"mask_ratio {ratio} of {num_patches} patches leaves no visible or no hidden patch: choose a ratio "
+                f"mask_ratio {ratio!r} of {num_patches} patches leaves no visible or no hidden patch: choose a ratio "
                 f"between 0 and 1 that leaves at least one of each."
             )
         return visible
