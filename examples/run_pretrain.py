@@ -74,7 +74,7 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
