@@ -1,0 +1,484 @@
+"""What the three models promise: what is hidden, determinism, grids, precision, and transformers' contract."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import max_difference, random_images, random_noise, scramble, seeded, slow_position_table, tiny_config
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    ViTImageProcessor,
+)
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
+
+from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
+from mae_hf.modeling_mae import DropPath
+
+MODELS = [MAEModel, MAEForPreTraining, MAEForImageClassification]
+CONFIG = tiny_config()
+IMAGES, NOISE = random_images(CONFIG), random_noise(CONFIG)
+
+
+def scrambled(model_class: type, **fields):
+    return scramble(seeded(model_class, tiny_config(**fields)))
+
+
+def run(model, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **arguments) -> torch.Tensor:
+    """The main output of any of the three models; the same mask for each image of a batch."""
+    if hasattr(model, "decoder"):
+        arguments["noise"] = NOISE[:1].expand(len(pixel_values), -1) if noise is None else noise
+    output = model(pixel_values, **arguments)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training: what is hidden
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_forward__output_of_vit_mae() -> None:
+    output = seeded(MAEForPreTraining, CONFIG)(IMAGES)
+    assert list(MAEForPreTrainingOutput.__dataclass_fields__) == list(ViTMAEForPreTrainingOutput.__dataclass_fields__)
+    assert (output.loss.shape, output.loss.dtype) == ((), torch.float32)
+    assert (output.logits.shape, output.logits.dtype) == ((2, 16, 192), torch.float32)
+    assert (output.mask.shape, output.mask.dtype) == ((2, 16), torch.float32)
+    assert (output.ids_restore.shape, output.ids_restore.dtype) == ((2, 16), torch.int64)
+    assert output.hidden_states is None
+    assert output.attentions is None
+
+
+def test_forward__hidden_pixels_do_not_reach_the_encoder() -> None:
+    model = scrambled(MAEForPreTraining, norm_pix_loss=False)
+    output = model(IMAGES, noise=NOISE)
+    hidden = model.unpatchify(output.mask[..., None].expand(-1, -1, 192)).bool()
+    other = model(IMAGES.masked_fill(hidden, 7.0), noise=NOISE)
+    assert torch.equal(output.logits, other.logits)
+    assert output.loss != other.loss
+
+
+def test_forward__loss_counts_hidden_patches_alone() -> None:
+    model = scrambled(MAEForPreTraining)
+    output = model(IMAGES, noise=NOISE)
+    target = model.patchify(IMAGES)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (output.logits - target).square().mean(-1)[output.mask.bool()].mean()
+    assert torch.allclose(output.loss, expected)
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(None, 12), (0.5, 8), (0.9, 15), (0.25, 4)])
+def test_forward__mask_ratio_of_this_call(ratio: float | None, hidden: int) -> None:
+    output = seeded(MAEForPreTraining, CONFIG)(IMAGES, mask_ratio=ratio)
+    assert output.mask.sum(1).tolist() == [hidden, hidden]
+
+
+def test_forward__own_mask_of_patches_or_pixels() -> None:
+    model = scrambled(MAEForPreTraining)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, [1, 2, 7]] = mask[1, [0, 8, 15]] = True
+    pixels = torch.zeros(2, 32, 32)
+    for image, patch in mask.nonzero().tolist():
+        pixels[image, 8 * (patch // 4) + 3, 8 * (patch % 4) + 5] = 1  # one pixel hides its patch
+    by_patch, by_pixel = model(IMAGES, bool_masked_pos=mask), model(IMAGES, bool_masked_pos=pixels)
+    assert torch.equal(by_patch.mask, mask.float())
+    assert torch.equal(by_patch.loss, by_pixel.loss)
+    assert torch.equal(model(IMAGES, bool_masked_pos=pixels[:, None]).mask, mask.float())
+
+
+def test_forward__generator_repeats_and_given_noise_draws_nothing() -> None:
+    model = seeded(MAEForPreTraining, CONFIG)
+    first, second, third = (model(IMAGES, generator=torch.Generator().manual_seed(seed)).mask for seed in (3, 3, 4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    encoder = scrambled(MAEModel).train()
+    state = torch.get_rng_state()
+    model(IMAGES, noise=NOISE)
+    encoder(IMAGES)
+    assert torch.equal(state, torch.get_rng_state()), "somebody drew a random number"
+
+
+def test_forward__masks_differ_from_call_to_call_also_in_evaluation() -> None:
+    model = seeded(MAEForPreTraining, CONFIG)
+    assert not torch.equal(model(IMAGES).mask, model(IMAGES).mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"noise": torch.rand(2, 9)}, r"\(2, 9\), but the images have \(batch, patches\) = \(2, 16\)"),
+        ({"bool_masked_pos": torch.arange(18).view(2, 9) % 9 < 2}, r"\(2, 9\), but the images have"),
+        ({"mask_ratio": 0.97}, "leaves no visible or no hidden patch"),
+        ({"bool_masked_pos": torch.ones(2, 16)}, "one at least must be hidden, one visible"),
+        ({"bool_masked_pos": torch.eye(2, 16), "mask_ratio": 0.5}, "pass neither noise nor mask_ratio"),
+        ({"bool_masked_pos": torch.eye(2, 16), "noise": NOISE}, "pass neither noise nor mask_ratio"),
+    ],
+)
+def test_forward__refuses_masks_with_a_sentence(arguments: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        seeded(MAEForPreTraining, CONFIG)(IMAGES, **arguments)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((2, 1, 32, 32), r"must be \(batch, 3 channels, height, width\), but is \(2, 1, 32, 32\)"),
+        ((3, 32, 32), r"but is \(3, 32, 32\)"),
+        ((2, 3, 40, 32), "images are 40x32, the model was built for 32x32: resize them, or pass interpolate_pos_enc"),
+    ],
+)
+def test_forward__refuses_images_with_a_sentence(model_class: type, shape: tuple, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        seeded(model_class, CONFIG)(torch.zeros(shape))
+
+
+def test_backward__no_parameter_is_unused() -> None:
+    # A parameter without a gradient makes DistributedDataParallel wait for ever.
+    model = seeded(MAEForPreTraining, CONFIG).train()
+    model(IMAGES).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_encoder__order_of_ids_is_the_order_of_tokens() -> None:
+    model = scrambled(MAEModel)
+    ids = torch.tensor([[5, 0, 11], [3, 15, 2]])
+    swapped = ids[:, [2, 0, 1]]
+    one, other = model(IMAGES, ids_keep=ids).last_hidden_state, model(IMAGES, ids_keep=swapped).last_hidden_state
+    assert one.shape == (2, 4, 32)
+    assert max_difference(one[:, [0, 3, 1, 2]], other) < 1e-5
+
+
+def test_encoder__none_is_all_patches_in_raster_order() -> None:
+    model = scrambled(MAEModel)
+    all_ids = torch.arange(16).expand(2, -1)
+    whole = model(IMAGES).last_hidden_state
+    assert torch.equal(whole, model(IMAGES, ids_keep=all_ids).last_hidden_state)
+    embedded = model.embeddings.patch_embeddings.projection(IMAGES).flatten(2).transpose(1, 2)
+    expected = embedded + model.embeddings.position_embeddings[:, 1:]
+    assert max_difference(model(IMAGES, output_hidden_states=True).hidden_states[0][:, 1:], expected) < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_encoder__pooler_output(pooling: str) -> None:
+    output = scrambled(MAEModel, pooling=pooling)(IMAGES)
+    tokens = output.last_hidden_state
+    expected = tokens[:, 1:].mean(1) if pooling == "mean" else tokens[:, 0]
+    assert torch.equal(output.pooler_output, expected)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_hidden_states_and_attentions(model_class: type) -> None:
+    model = scrambled(model_class)
+    tokens = 5 if model_class is MAEForPreTraining else 17
+    model.set_attn_implementation("eager")
+    output = model(IMAGES, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in output.hidden_states] == [(2, tokens, 32)] * 4
+    assert [weights.shape for weights in output.attentions] == [(2, 2, tokens, tokens)] * 3
+    for weights in output.attentions:
+        assert torch.allclose(weights.sum(-1), torch.ones(()))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"'sdpa' does not return attention weights"):
+        model(IMAGES, output_attentions=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("shape", [(48, 32), (16, 64), (32, 32)])
+def test_interpolate__sincos_is_exact_for_any_grid(model_class: type, shape: tuple[int, int]) -> None:
+    small, right = seeded(model_class, CONFIG), seeded(model_class, tiny_config(image_size=shape))
+    shared = {
+        key: value for key, value in small.state_dict().items() if "position" not in key and "pos_embed" not in key
+    }
+    right.load_state_dict(shared, strict=False)
+    generator = torch.Generator().manual_seed(0)
+    images, noise = (
+        torch.randn(2, 3, *shape, generator=generator),
+        torch.rand(2, shape[0] * shape[1] // 64, generator=generator),
+    )
+    assert torch.equal(run(small, images, noise, interpolate_pos_encoding=True), run(right, images, noise))
+
+
+def test_interpolate__a_trained_table_is_resized_bicubically() -> None:
+    model = scrambled(MAEForImageClassification)
+    images = torch.randn(1, 3, 48, 16, generator=torch.Generator().manual_seed(0))
+    table = model.vit.embeddings.position_embeddings.detach()
+    patches = F.interpolate(table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2), (6, 2), mode="bicubic")
+    expected = torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    hidden = model(images, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[0]
+    embedded = model.vit.embeddings.patch_embeddings.projection(images).flatten(2).transpose(1, 2)
+    assert max_difference(hidden[:, 1:], embedded + expected[:, 1:]) < 1e-5
+
+
+def test_interpolate__refuses_what_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="36x32, which does not divide into patches of 8x8"):
+        seeded(MAEModel, CONFIG)(torch.zeros(1, 3, 36, 32), interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"image_size": (16, 48), "patch_size": (4, 16)}, {"num_channels": 1}, {"num_channels": 5}]
+)
+def test_any_shape__trains_and_reconstructs(fields: dict) -> None:
+    config = tiny_config(**fields)
+    model = seeded(MAEForPreTraining, config).train()
+    images = random_images(config)
+    model(images).loss.backward()
+    assert model.reconstruct(images).pasted.shape == images.shape
+    table = slow_position_table(config.hidden_size, config.grid_shape)
+    assert max_difference(model.vit.embeddings.position_embeddings, table) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Determinism, attention, precision, memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_batch_of_two__equals_two_singles(model_class: type) -> None:
+    model = scrambled(model_class)
+    both = run(model, IMAGES)
+    singles = torch.cat([run(model, IMAGES[:1]), run(model, IMAGES[1:])])
+    assert max_difference(both, singles) < 1e-5
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_training_mode__is_deterministic_without_dropout(model_class: type) -> None:
+    model = scrambled(model_class)
+    assert torch.equal(run(model.train(), IMAGES), run(model.eval(), IMAGES))
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_sdpa__equals_eager(model_class: type) -> None:
+    model = scrambled(model_class)
+    outputs, gradients = [], []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        outputs.append(run(model, IMAGES))
+        outputs[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert max_difference(*outputs) < 1e-5
+    assert max_difference(*gradients) < 1e-5
+
+
+def test_flex_attention__equals_eager() -> None:
+    model = scrambled(MAEModel, hidden_size=64)  # flex wants heads of at least 16
+    eager = run(model, IMAGES)
+    try:
+        model.set_attn_implementation("flex_attention")
+        flex = run(model, IMAGES)
+    except Exception as error:  # a compiler, or a CPU, that flex_attention does not run on
+        pytest.skip(f"flex_attention does not run here: {type(error).__name__}")
+    assert max_difference(flex, eager) < 1e-4
+
+
+@pytest.mark.parametrize("model_class", [MAEForPreTraining, MAEForImageClassification])
+def test_gradient_checkpointing__same_loss_and_gradients(model_class: type) -> None:
+    model = scrambled(model_class).train()
+    arguments = {"noise": NOISE} if model_class is MAEForPreTraining else {"labels": torch.tensor([0, 1])}
+    calls = 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+
+    layers = [*model.vit.layers, *(model.decoder.decoder_layers if model_class is MAEForPreTraining else [])]
+    for layer in layers:
+        layer.layernorm_before.register_forward_hook(count)
+    results = []
+    for recompute in (False, True):
+        if recompute:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        calls = 0
+        loss = model(IMAGES, **arguments).loss
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        assert calls == len(layers) * (2 if recompute else 1)  # every block of encoder and decoder runs again
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_compile__without_graph_breaks(model_class: type) -> None:
+    model = scrambled(model_class)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert max_difference(run(compiled, IMAGES), run(model, IMAGES)) < 1e-6
+    torch._dynamo.reset()
+
+
+def test_compile__draws_its_own_noise_and_resizes_its_tables() -> None:
+    model = scrambled(MAEForPreTraining)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(torch.randn(1, 3, 48, 32), interpolate_pos_encoding=True).logits.shape == (1, 24, 192)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast__target_and_loss_in_float32(dtype: torch.dtype) -> None:
+    model = scrambled(MAEForPreTraining)
+    exact = model(IMAGES, noise=NOISE)
+    with torch.autocast("cpu", dtype):
+        output = model(IMAGES, noise=NOISE)
+    assert output.logits.dtype == dtype
+    assert output.loss.dtype == torch.float32
+    # The loss of these very logits, in float32 from there on.
+    assert output.loss == model._reconstruction_loss(IMAGES, output.logits.float(), output.mask)
+    assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_bfloat16_model(model_class: type, tmp_path: Path) -> None:
+    model = scrambled(model_class)
+    model.save_pretrained(tmp_path)
+    half = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    output = run(half, IMAGES.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert max_difference(output, run(model, IMAGES)) < 0.3
+    if model_class is MAEForPreTraining:
+        assert half(IMAGES.bfloat16()).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_return_dict_false__gives_tuples(model_class: type) -> None:
+    model = scrambled(model_class)
+    arguments = {"noise": NOISE} if model_class is MAEForPreTraining else {}
+    as_tuple = model(IMAGES, return_dict=False, **arguments)
+    assert isinstance(as_tuple, tuple)
+    expected = model(IMAGES, **arguments).to_tuple()
+    assert all(torch.equal(a, b) for a, b in zip(as_tuple, expected, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruct__four_pictures(norm_pix_loss: bool) -> None:
+    model = scrambled(MAEForPreTraining, norm_pix_loss=norm_pix_loss)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    made = model.reconstruct(IMAGES, mean, std, noise=NOISE)
+    colour = torch.tensor(mean).view(3, 1, 1)
+    undone = IMAGES * torch.tensor(std).view(3, 1, 1) + colour
+    hidden = model.unpatchify(made.mask[..., None].expand(-1, -1, 192)).bool()
+    assert max_difference(made.image, undone) < 1e-6
+    assert max_difference(made.masked, torch.where(hidden, colour, undone)) < 1e-6
+    assert max_difference(made.pasted, torch.where(hidden, made.reconstruction, undone)) < 1e-6
+
+    output = model(IMAGES, noise=NOISE)
+    patches = model.patchify(IMAGES).numpy()
+    predicted = output.logits.detach().numpy()
+    if norm_pix_loss:  # the true mean and unbiased deviation of each patch, as in the paper's figures
+        deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
+        predicted = predicted * deviation + patches.mean(-1, keepdims=True)
+    pixels = model.unpatchify(torch.tensor(predicted)) * torch.tensor(std).view(3, 1, 1) + colour
+    assert max_difference(made.reconstruction, pixels) < 1e-5
+    assert not made.reconstruction.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The classifier
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_classifier__pooling_norm_head(pooling: str) -> None:
+    model = scrambled(MAEForImageClassification, pooling=pooling, num_labels=5)
+    tokens = model(IMAGES, output_hidden_states=True).hidden_states[-1]
+    if pooling == "mean":  # the encoder's own norm is gone
+        assert isinstance(model.vit.layernorm, torch.nn.Identity)
+        pooled = model.fc_norm(tokens[:, 1:].mean(1))
+    else:
+        pooled = model.vit.layernorm(tokens)[:, 0]
+    assert max_difference(model(IMAGES).logits, model.classifier(pooled)) < 1e-6
+
+
+def test_classifier__losses() -> None:
+    model = scrambled(MAEForImageClassification, num_labels=3)
+    logits = model(IMAGES).logits
+    hard = model(IMAGES, labels=torch.tensor([2, 0])).loss
+    assert torch.allclose(hard, F.cross_entropy(logits, torch.tensor([2, 0])))
+    soft = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
+    expected = -(soft * logits.log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(model(IMAGES, labels=soft).loss, expected)
+
+    model.config.problem_type = "multi_label_classification"
+    several = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    expected = F.binary_cross_entropy_with_logits(logits, several)
+    assert torch.allclose(model(IMAGES, labels=several).loss, expected)
+
+    regressor = scrambled(MAEForImageClassification, num_labels=1)
+    values = torch.tensor([0.3, -1.0])
+    expected = F.mse_loss(regressor(IMAGES).logits.squeeze(), values)
+    assert torch.allclose(regressor(IMAGES, labels=values).loss, expected)
+
+
+def test_drop_path__grows_with_depth_and_is_off_by_default() -> None:
+    model = seeded(MAEForImageClassification, tiny_config(drop_path_rate=0.3))
+    rates = [getattr(layer.drop_path, "probability", 0.0) for layer in model.vit.layers]
+    assert rates == pytest.approx([0.0, 0.15, 0.3])
+    assert torch.equal(run(model, IMAGES), run(seeded(MAEForImageClassification, CONFIG), IMAGES))
+    assert not any(isinstance(module, DropPath) for module in seeded(MAEForPreTraining, CONFIG).modules())
+
+
+def test_drop_path__drops_whole_images_and_keeps_the_mean() -> None:
+    drop_path = DropPath(0.25).train()
+    torch.manual_seed(0)
+    branch = drop_path(torch.ones(4000, 3, 2))
+    kept = branch[:, 0, 0] > 0
+    assert torch.equal(branch, (kept / 0.75)[:, None, None].expand_as(branch))
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(drop_path.eval()(branch), branch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ecosystem
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_classes__find_the_models_and_the_checkpoint_carries_its_code(tmp_path: Path) -> None:
+    model = scrambled(MAEForPreTraining)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), MAEConfig)
+    assert isinstance(AutoModelForPreTraining.from_pretrained(tmp_path), MAEForPreTraining)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), MAEModel)
+    assert isinstance(AutoModelForImageClassification.from_pretrained(tmp_path), MAEForImageClassification)
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
+    code = {"configuration_mae.py", "masking.py", "modeling_mae.py", "patches.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == code
+
+
+def test_image_processor__by_the_configuration_alone(tmp_path: Path) -> None:
+    scrambled(MAEForPreTraining).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')  # no class is named
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor).__name__.startswith("ViTImageProcessor")
+
+
+def test_import__brings_nothing_that_transformers_does_not() -> None:
+    def imported(statement: str) -> set[str]:
+        code = f"import sys; {statement}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return {name for name in ("torchvision", "datasets", "accelerate") if name in done.stdout.split()}
+
+    # A PreTrainedModel brings torchvision and accelerate where they are installed; that is not ours to change.
+    assert imported("import mae_hf") <= imported("from transformers import PreTrainedModel")
+    assert "datasets" not in imported("import mae_hf")
