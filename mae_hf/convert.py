@@ -9,9 +9,7 @@ To load a checkpoint of transformers nothing need be converted: `from_pretrained
 
 import argparse
 import math
-import pickle
 import re
-import shutil
 import sys
 import zipfile
 from collections.abc import Collection
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    AutoImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ViTForImageClassification,
@@ -31,7 +30,6 @@ from transformers import (
     ViTMAEModel,
     ViTModel,
 )
-from transformers.utils import cached_file
 
 from .configuration_mae import MAEConfig
 from .modeling_mae import (
@@ -207,17 +205,18 @@ def read_weights(path: Path) -> Weights:
         # torch 1.6 are no zip archives and can't be mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and a pickle that does can run any code when it is read, so it is not "
-            f"read. If you trust where it is from, load it yourself and save its state dict alone. ({error})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no intact checkpoint of torch: {error}") from error
+    except Exception as error:  # the bytes of a damaged file can lead to any
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} is a pickle that wants {wanted[1]}: such a file can run any code when it is read, so it is "
+                f"not read. If you trust where it is from, load it yourself and save its state dict alone."
+            ) from error
+        raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
     for nested in ("model", "state_dict"):
         if isinstance(loaded, dict) and nested in loaded:
             loaded = loaded[nested]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    pairs = loaded.items() if isinstance(loaded, dict) else ()
+    if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         raise ValueError(f"{path} holds no state dict, neither at its top nor under 'model' or 'state_dict'.")
     return loaded
 
@@ -447,22 +446,20 @@ def _refuse_rectangles(config: MAEConfig, other: str) -> None:
 
 def _write_image_processor(source: str | Path, destination: Path, config: MAEConfig) -> str:
     """The source's image processor; for a file, the paper's: 256 -> centre crop 224, ImageNet's mean and deviation."""
-    name = "preprocessor_config.json"
-    if Path(source).is_file():
-        if config.num_channels != 3:
-            return f"No {name}: how to normalise {config.num_channels} channels is not in the file."
-        # here and not above, because it brings datasets and torchvision with it
-        from .training.data import image_processor
-        from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
+    if not Path(source).is_file():
+        try:
+            AutoImageProcessor.from_pretrained(source).save_pretrained(destination)
+        except OSError:
+            return f"No image processor: there is none in {source}."
+        return f"Image processor: that of {source}."
+    if config.num_channels != 3:
+        return f"No image processor: a file of weights does not say how to normalise {config.num_channels} channels."
+    # here and not above, because it brings datasets and torchvision with it
+    from .training.data import image_processor
+    from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
 
-        image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD).save_pretrained(destination)
-        return f"{name}: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
-    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-    if found is None:
-        return f"No {name}: there is none in {source}."
-    if Path(found).resolve() != (destination / name).resolve():
-        shutil.copyfile(found, destination / name)
-    return f"{name}: copied."
+    image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD).save_pretrained(destination)
+    return "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
 
 
 def main(arguments: list[str] | None = None) -> None:
