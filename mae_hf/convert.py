@@ -158,7 +158,7 @@ def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrain
     # ViTModel's pooler serves no task of its own: it is left out, and said to be.
     pooler = sorted(key for key in loaded["unexpected_keys"] if key.startswith("pooler."))
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
-    _check_keys(source, loaded["unexpected_keys"] - set(pooler), loaded["missing_keys"] - mismatched, mismatched)
+    _check_keys(source, loaded["unexpected_keys"] - set(pooler), loaded["missing_keys"], mismatched)
     report = [f"Found in {source}: {architecture}.", _sizes(model.config)]
     if pooler:
         report.append(f"Left out: {', '.join(pooler)}.")
@@ -182,9 +182,10 @@ def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedMod
     theirs = {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in layout.items()}
     wrong = {key for key in theirs.keys() & weights.keys() if weights[key].shape != theirs[key]}
     _check_keys(path, weights.keys() - theirs.keys(), theirs.keys() - weights.keys(), wrong)
+    state: Weights = {}
     for key, ours in layout.items():
-        parts = weights[key].chunk(len(ours))
-        model.load_state_dict(dict(zip(ours, parts, strict=True)), strict=False, assign=True)
+        state.update(zip(ours, weights[key].chunk(len(ours)), strict=True))
+    model.load_state_dict(state, assign=True)
     report = [f"Found in {path}: {kind}.", _sizes(config), _assumptions(config, model, fields)]
     return model.eval(), report + _missing_decoder(model)
 

@@ -292,8 +292,8 @@ class MAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen.
 
-        Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. Of those,
-        an Auto class builds the class of transformers, unless it is given `config=MAEConfig.from_pretrained(...)`.
+        Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
+        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.)
         """
         loaded: Any = super().from_pretrained(
             *args, key_mapping={**(key_mapping or {}), **TRANSFORMERS_KEYS}, output_loading_info=True, **kwargs

@@ -279,8 +279,8 @@ def test_what_is_saved_has_our_keys_whatever_was_loaded(tmp_path, layout):
 
 def test_key_mapping_of_the_caller_comes_first(tmp_path):
     theirs = vit_mae_folder(tmp_path)
-    rewrite_keys(tmp_path, lambda key: f"backbone.{key}")
-    model = MAEForPreTraining.from_pretrained(tmp_path, key_mapping={r"^backbone\.": ""})
+    rewrite_keys(tmp_path, lambda key: key.replace("encoder.layer.", "encoder.block."))
+    model = MAEForPreTraining.from_pretrained(tmp_path, key_mapping={r"encoder\.block\.": "encoder.layer."})
     assert_same_weights(model.state_dict(), theirs.state_dict())
 
 
@@ -383,6 +383,7 @@ def test_timm_encoder_gives_equal_features(tmp_path):
 def test_weights_of_a_file_are_not_copied(tmp_path):
     original_file(tmp_path / "mae.pth", original_mae().state_dict())
     model, _ = load_checkpoint(tmp_path / "mae.pth", **HEADS)
+    assert not model.training
     attention = model.vit.layers[0].attention
     storage = attention.q_proj.weight.untyped_storage()
     assert storage.data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()  # both are parts of qkv
