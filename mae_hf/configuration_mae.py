@@ -16,6 +16,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
 }
 
+# What a config.json of transformers' ViTMAE or ViT means where it is silent and MAEConfig would mean something else.
+TRANSFORMERS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vit_mae": {"layer_norm_eps": 1e-12, "norm_pix_loss": False},
+    "vit": {"layer_norm_eps": 1e-12, "pooling": "cls"},
+}
+
 
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message: the known name closest to `name`, or all of them when none is close."""
@@ -32,7 +38,8 @@ class MAEConfig(PreTrainedConfig):
     """Configuration of `MAEModel`, `MAEForPreTraining` and `MAEForImageClassification`.
 
     The fields have the names of transformers' `ViTMAEConfig`; the defaults are ViT-B/16 as pre-trained in the paper
-    (Table 8): 75 % of the patches hidden, targets normalised per patch.
+    (Table 8): 75 % of the patches hidden, targets normalised per patch. `from_pretrained` also reads the config.json of
+    a ViTMAE or a ViT, whose silence means what it means there (`layer_norm_eps` 1e-12, `norm_pix_loss` False).
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: width D, depth, heads and MLP width of
@@ -87,6 +94,16 @@ class MAEConfig(PreTrainedConfig):
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
         super().__post_init__(**kwargs)
         self._check()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """The fields in a config.json, of a folder or the Hub; one of transformers' ViTMAE or ViT is read as ours."""
+        fields, unused = super().get_config_dict(*args, **kwargs)
+        if (model_type := fields.get("model_type")) in TRANSFORMERS_DEFAULTS:
+            fields = {**TRANSFORMERS_DEFAULTS[model_type], **fields, "model_type": cls.model_type}
+            for no_part_of_ours in ("encoder_stride", "pooler_act", "pooler_output_size"):
+                fields.pop(no_part_of_ours, None)
+        return fields, unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

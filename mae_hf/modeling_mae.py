@@ -32,6 +32,18 @@ from .patches import (
     unpatchify,
 )
 
+# Keys of published ViTMAE and ViT checkpoints -> keys here, as parts of names. The first row also turns the
+# "decoder.decoder_encoder.layer." that transformers 5.23 saves back into "decoder.decoder_layers.".
+TRANSFORMERS_KEYS = {
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
 
 @dataclass
 class MAEForPreTrainingOutput(ModelOutput):
@@ -271,12 +283,33 @@ class MAEPreTrainedModel(PreTrainedModel):
     trains_position_table = False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(
+        cls,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen.
+
+        Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
+        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.)
+        """
+        loaded: Any = super().from_pretrained(
+            *args, key_mapping={**(key_mapping or {}), **TRANSFORMERS_KEYS}, output_loading_info=True, **kwargs
+        )
+        model, loading_info = loaded
         # Loading replaces parameters by new ones that all require gradients.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_position_tables()
-        return loaded
+        model._freeze_position_tables()
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, but with the keys of this model, under whichever keys it was loaded.
+
+        By default transformers would undo the renaming of `from_pretrained`, and a configuration of ours would come
+        with the keys of a ViTMAE.
+        """
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     def _freeze_position_tables(self) -> None:
         for module in self.modules():
@@ -427,12 +460,27 @@ class MAEModel(MAEPreTrainedModel):
 class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: encode the visible patches, decode all, compare the hidden ones."""
 
+    # The checkpoint had no decoder, and training has not begun since.
+    decoder_is_random = False
+
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
         self.vit = MAEModel(config)
         self.decoder = MAEDecoder(config)
         self.post_init()
         self._freeze_position_tables()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """See `MAEPreTrainedModel`. From an encoder alone, the decoder starts random and `reconstruct` refuses."""
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.decoder_is_random = "decoder.mask_token" in loading_info["missing_keys"]
+        return (model, loading_info) if output_loading_info else model
+
+    def train(self, mode: bool = True) -> "MAEForPreTraining":
+        """Training mode, or evaluation mode; a decoder that was random counts as trained from here on."""
+        self.decoder_is_random = self.decoder_is_random and not mode
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
@@ -553,7 +601,15 @@ class MAEForPreTraining(MAEPreTrainedModel):
         Returns:
             image, masked, reconstruction and pasted, each (B, C, H, W), and the mask. Where `norm_pix_loss`,
             predictions get the mean and deviation of the true patch back, as in the paper's figures.
+
+        Raises:
+            ValueError: the checkpoint had no decoder, or the images or the mask do not fit.
         """
+        if self.decoder_is_random:
+            raise ValueError(
+                "The checkpoint has no decoder, so the decoder is random and its pictures would show nothing: load a "
+                "checkpoint with a decoder, or pre-train this one first."
+            )
         output = self(pixel_values, return_dict=True, **masking)
         patches = patchify(pixel_values, self.config.patch_shape).float()
         predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()

@@ -1,0 +1,490 @@
+"""Checkpoints in other layouts <-> ours: the original .pth, timm's ViT, transformers' ViTMAE and ViT.
+
+    python -m mae_hf.convert mae_pretrain_vit_base.pth mae-base
+    python -m mae_hf.convert facebook/vit-mae-base vit_base.safetensors --to timm
+    python -m mae_hf.convert runs/finetune finetuned.pth --to original
+
+To load a checkpoint of transformers nothing need be converted: `from_pretrained` takes it as it is.
+"""
+
+import argparse
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTForImageClassification,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from .configuration_mae import MAEConfig
+from .modeling_mae import (
+    TRANSFORMERS_KEYS,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEModel,
+    MAEPreTrainedModel,
+)
+
+Weights = dict[str, Tensor]
+
+# What is written, and where to.
+TARGETS = {
+    "mae": "a folder for mae_hf",
+    "vit_mae": "a folder for transformers' ViTMAEForPreTraining or ViTMAEModel",
+    "vit": "a folder for transformers' ViTForImageClassification or ViTModel(add_pooling_layer=False)",
+    "timm": "a .safetensors or .pth file for timm's VisionTransformer",
+    "original": "a .pth or .safetensors file for the original MAE code",
+}
+
+# Parts of names: ours, those of the original and of timm. Query, key and value are one matrix there, in this order.
+ORIGINAL_KEYS = (
+    ("vit.embeddings.cls_token", "cls_token"),
+    ("vit.embeddings.position_embeddings", "pos_embed"),
+    ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("vit.layers.", "blocks."),
+    ("vit.layernorm.", "norm."),
+    ("classifier.", "head."),
+    ("decoder.mask_token", "mask_token"),
+    ("decoder.decoder_embed.", "decoder_embed."),
+    ("decoder.decoder_pos_embed", "decoder_pos_embed"),
+    ("decoder.decoder_layers.", "decoder_blocks."),
+    ("decoder.decoder_norm.", "decoder_norm."),
+    ("decoder.decoder_pred.", "decoder_pred."),
+    # in a block
+    ("layernorm_before.", "norm1."),
+    ("attention.q_proj.", "attn.qkv."),
+    ("attention.k_proj.", "attn.qkv."),
+    ("attention.v_proj.", "attn.qkv."),
+    ("attention.o_proj.", "attn.proj."),
+    ("layernorm_after.", "norm2."),
+)
+
+# Classes of transformers by the class here that has the same weights, and the other way round.
+TRANSFORMERS_CLASSES: dict[tuple[str, type], type[PreTrainedModel]] = {
+    ("vit_mae", MAEForPreTraining): ViTMAEForPreTraining,
+    ("vit_mae", MAEModel): ViTMAEModel,
+    ("vit", MAEForPreTraining): ViTModel,
+    ("vit", MAEModel): ViTModel,
+    ("vit", MAEForImageClassification): ViTForImageClassification,
+}
+OUR_CLASSES: dict[str, type[MAEPreTrainedModel]] = {
+    "MAEForPreTraining": MAEForPreTraining,
+    "MAEModel": MAEModel,
+    "MAEForImageClassification": MAEForImageClassification,
+    "ViTMAEForPreTraining": MAEForPreTraining,
+    "ViTMAEModel": MAEModel,
+    "ViTModel": MAEModel,
+    "ViTForImageClassification": MAEForImageClassification,
+}
+
+
+def convert(source: str | Path, destination: str | Path, to: str = "mae", **fields: Any) -> list[str]:
+    """Read a checkpoint in any layout and write it in another.
+
+    Args:
+        source: see `load_checkpoint`.
+        destination: the folder, or for `"timm"` and `"original"` the file, to write.
+        to: a key of `TARGETS`.
+        **fields: see `load_checkpoint`.
+
+    Returns:
+        What was found, what had to be assumed, what is missing and what is left out; a sentence each.
+
+    Raises:
+        ValueError: the source has keys or shapes that have no place, or the target has no place for the model.
+    """
+    model, report = load_checkpoint(source, **fields)
+    report += save_checkpoint(model, destination, to)
+    if to in ("mae", "vit_mae", "vit"):
+        report.append(_write_image_processor(source, Path(destination), model.config))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(source: str | Path, **fields: Any) -> tuple[MAEPreTrainedModel, list[str]]:
+    """The model in a checkpoint of any layout.
+
+    Args:
+        source: a .pth, .bin or .safetensors file of the original MAE or of a timm ViT; or the folder or Hub name of an
+            MAE of this package, a ViTMAE or a ViT of transformers.
+        **fields: of `MAEConfig`, where they can't be read from shapes (heads, `norm_pix_loss`, a rectangular
+            `image_size`) or should differ from the source's config.json.
+
+    Returns:
+        `MAEForPreTraining`, `MAEModel` or `MAEForImageClassification`, as the checkpoint has it, in evaluation mode;
+        and the report, a sentence each.
+
+    Raises:
+        ValueError: the source is none of these, or has keys or shapes that have no place in the model.
+    """
+    if Path(source).is_file():
+        return _load_original(Path(source), fields)
+    return _load_transformers(str(source), fields)
+
+
+def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrainedModel, list[str]]:
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise ValueError(f"{source} is no file, no folder with a config.json, no name on the Hub: {error}") from error
+    architecture = (found.get("architectures") or [None])[0]
+    if architecture not in OUR_CLASSES:
+        raise ValueError(
+            f"The config.json of {source} says architectures [{architecture!r}], which is none of "
+            f"{', '.join(OUR_CLASSES)}. Of a timm model, give the weight file itself."
+        )
+    model, loaded = OUR_CLASSES[architecture].from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **fields
+    )
+    # ViTModel's pooler serves no task of its own: it is left out, and said to be.
+    pooler = sorted(key for key in loaded["unexpected_keys"] if key.startswith("pooler."))
+    mismatched = {key for key, *_ in loaded["mismatched_keys"]}
+    _check_keys(source, loaded["unexpected_keys"] - set(pooler), loaded["missing_keys"], mismatched)
+    report = [f"Found in {source}: {architecture}.", _sizes(model.config)]
+    if pooler:
+        report.append(f"Left out: {', '.join(pooler)}.")
+    return model, report + _missing_decoder(model)
+
+
+def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedModel, list[str]]:
+    weights = read_weights(path)
+    if any("embeddings.patch_embeddings." in key for key in weights):
+        raise ValueError(
+            f"{path} has the keys of a model of transformers, whose numbers stand in the config.json beside it: give "
+            f"the folder that holds both."
+        )
+    model_class, kind = _original_kind(weights)
+    config = infer_config(weights, path, **fields)
+    # Without memory for its weights: the tensors of the file become the weights.
+    with torch.device("meta"):
+        model = model_class(config)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    layout = _original_layout(model)
+    theirs = {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in layout.items()}
+    wrong = {key for key in theirs.keys() & weights.keys() if weights[key].shape != theirs[key]}
+    _check_keys(path, weights.keys() - theirs.keys(), theirs.keys() - weights.keys(), wrong)
+    state: Weights = {}
+    for key, ours in layout.items():
+        state.update(zip(ours, weights[key].chunk(len(ours)), strict=True))
+    model.load_state_dict(state, assign=True)
+    report = [f"Found in {path}: {kind}.", _sizes(config), _assumptions(config, model, fields)]
+    return model.eval(), report + _missing_decoder(model)
+
+
+def read_weights(path: Path) -> Weights:
+    """The state dict in a file, mapped into memory and not copied; of a pickle, nothing but tensors and plain values.
+
+    Raises:
+        ValueError: the file is damaged, holds no state dict, or is a pickle that wants to run code.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+    try:
+        # The original's files also hold the command line of the run, a Namespace of plain values. Files from before
+        # torch 1.6 are no zip archives and can't be mapped.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # the bytes of a damaged file can lead to any
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} is a pickle that wants {wanted[1]}: such a file can run any code when it is read, so it is "
+                f"not read. If you trust where it is from, load it yourself and save its state dict alone."
+            ) from error
+        raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
+    for nested in ("model", "state_dict"):
+        if isinstance(loaded, dict) and nested in loaded:
+            loaded = loaded[nested]
+    pairs = loaded.items() if isinstance(loaded, dict) else ()
+    if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        raise ValueError(f"{path} holds no state dict, neither at its top nor under 'model' or 'state_dict'.")
+    return loaded
+
+
+def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
+    """The configuration of a state dict in the original's layout, from its shapes.
+
+    Shapes don't tell the number of heads. The encoders of the paper and of timm's small ViTs have heads of 64, except
+    ViT-H, which has 16 (Section 4); every decoder of the paper has 16.
+
+    Args:
+        weights: in the layout of the original or timm.
+        path: of the file, for messages.
+        **fields: of `MAEConfig`; they go before what is inferred.
+
+    Raises:
+        ValueError: a tensor is missing or has the wrong number of dimensions, or the numbers fit no model.
+    """
+
+    def shape(key: str, dimensions: int) -> torch.Size:
+        if key not in weights or weights[key].ndim != dimensions:
+            raise ValueError(
+                f"{path} has no {key} of {dimensions} dimensions, as the original MAE and timm's ViT have: it is "
+                f"neither. Its first keys are {_some(weights)}."
+            )
+        return weights[key].shape
+
+    hidden_size, num_channels, *patch = shape("patch_embed.proj.weight", 4)
+    inferred: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_channels": num_channels,
+        "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
+        "num_hidden_layers": _depth(weights, "blocks"),
+        "intermediate_size": shape("blocks.0.mlp.fc1.weight", 2)[0],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+    }
+    num_patches = shape("pos_embed", 3)[1] - 1
+    side = math.isqrt(max(num_patches, 0))
+    if side**2 == num_patches:
+        size = (side * patch[0], side * patch[1])
+        inferred["image_size"] = size[0] if size[0] == size[1] else size
+    elif "image_size" not in fields:
+        raise ValueError(
+            f"The pos_embed of {path} has {num_patches} rows beside the class token, which fill no square: pass "
+            f"image_size as (height, width)."
+        )
+    if "num_attention_heads" not in fields:
+        if hidden_size % 64:
+            raise ValueError(f"Shapes don't tell the heads of {path}, {hidden_size} wide: pass num_attention_heads.")
+        inferred["num_attention_heads"] = 16 if hidden_size == 1280 else hidden_size // 64
+    if "decoder_embed.weight" in weights:
+        inferred["decoder_hidden_size"] = shape("decoder_embed.weight", 2)[0]
+        inferred["decoder_num_hidden_layers"] = _depth(weights, "decoder_blocks")
+        inferred["decoder_intermediate_size"] = shape("decoder_blocks.0.mlp.fc1.weight", 2)[0]
+    if "head.weight" in weights:
+        inferred["num_labels"] = shape("head.weight", 2)[0]
+        inferred["pooling"] = "mean" if "fc_norm.weight" in weights else "cls"
+    return MAEConfig(**{**inferred, **fields})
+
+
+def _original_kind(weights: Weights) -> tuple[type[MAEPreTrainedModel], str]:
+    if "decoder_embed.weight" in weights:
+        return MAEForPreTraining, "encoder and decoder of an original MAE"
+    if "head.weight" in weights:
+        norm = "mean pooling and fc_norm" if "fc_norm.weight" in weights else "class token and norm"
+        return MAEForImageClassification, f"a classifier in the layout of the original MAE and timm, {norm}"
+    return MAEModel, "an encoder in the layout of the original MAE and timm"
+
+
+def _depth(weights: Weights, blocks: str) -> int:
+    # Counted, not the highest number: a file can't ask for more blocks than it has.
+    return len({match[1] for key in weights if (match := re.match(rf"{blocks}\.(\d+)\.", key))})
+
+
+def _check_keys(
+    source: str | Path, unplaced: Collection[str], missing: Collection[str], mismatched: Collection[str]
+) -> None:
+    problems = []
+    if unplaced:
+        problems.append(f"has keys that have no place in the model: {_some(unplaced)}")
+    if missing:
+        problems.append(f"lacks keys that the model needs: {_some(missing)}")
+    if mismatched:
+        problems.append(f"has tensors of another shape than the rest implies: {_some(mismatched)}")
+    if problems:
+        raise ValueError(f"{source} {'; it '.join(problems)}.")
+
+
+def _some(keys: Collection[str], most: int = 8) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(sorted(keys)[:most]) + more
+
+
+def _sizes(config: MAEConfig) -> str:
+    image, patch = ("x".join(map(str, shape)) for shape in (config.image_shape, config.patch_shape))
+    return (
+        f"Encoder {config.hidden_size} wide, {config.num_hidden_layers} layers, {config.num_attention_heads} heads; "
+        f"images of {image} with {config.num_channels} channels, patches of {patch}."
+    )
+
+
+def _assumptions(config: MAEConfig, model: MAEPreTrainedModel, fields: dict[str, Any]) -> str:
+    names = ["num_attention_heads", "layer_norm_eps", "hidden_act"]
+    if isinstance(model, MAEForPreTraining):
+        # Nor do the files say that the ones made for visualisation have the pixels themselves as target.
+        names += ["decoder_num_attention_heads", "norm_pix_loss", "mask_ratio"]
+    assumed = [f"{name}={getattr(config, name)}" for name in names if name not in fields]
+    advice = " (the original's visualisation checkpoints need norm_pix_loss=False)" if "norm_pix_loss" in names else ""
+    return f"Assumed, as a file of weights does not say: {', '.join(assumed)}{advice}."
+
+
+def _missing_decoder(model: MAEPreTrainedModel) -> list[str]:
+    if isinstance(model, MAEModel):
+        return ["No decoder in it: fit for features and fine-tuning; MAEForPreTraining.reconstruct will refuse."]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str) -> list[str]:
+    """Write a model in the layout `to`, a key of `TARGETS`, so that the other side loads it strictly.
+
+    Returns:
+        What was written and what was left out, a sentence each.
+
+    Raises:
+        ValueError: the other side has no place for this model, or the destination has the wrong form.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"There is no target {to!r}. Known: {', '.join(TARGETS)}.")
+    if to == "mae":
+        model.save_pretrained(destination)
+        return [f"Written: {type(model).__name__} in {destination}, {TARGETS[to]}."]
+    if to in ("vit_mae", "vit"):
+        return _save_transformers(model, Path(destination), to)
+    return _save_original(model, Path(destination), to)
+
+
+def _save_transformers(model: MAEPreTrainedModel, destination: Path, to: str) -> list[str]:
+    config = model.config
+    their_class = TRANSFORMERS_CLASSES.get((to, type(model)))
+    if their_class is None:
+        raise ValueError("transformers has no classifier for ViTMAE: convert a classifier --to vit, timm or original.")
+    if their_class is ViTForImageClassification and config.pooling != "cls":
+        raise ValueError(
+            "ViTForImageClassification classifies the class token, and this model the mean of the patches: convert it "
+            "--to timm or original, which have both."
+        )
+    if to == "vit_mae":
+        _refuse_rectangles(config, "transformers' ViTMAE")
+    # The published names, which every version of transformers reads.
+    state = {_published_key(key): tensor.contiguous() for key, tensor in model.state_dict().items()}
+    report = []
+    if their_class is ViTModel and isinstance(model, MAEForPreTraining):
+        state = {key.removeprefix("vit."): tensor for key, tensor in state.items() if key.startswith("vit.")}
+        report.append("Left out: the decoder.")
+    their_config_class = CONFIG_MAPPING[to]
+    shared = MAEConfig.__annotations__.keys() & their_config_class.__annotations__.keys()
+    their_config = their_config_class(
+        **{name: getattr(config, name) for name in shared},
+        id2label=config.id2label,
+        label2id=config.label2id,
+        problem_type=config.problem_type,
+        architectures=[their_class.__name__],
+    )
+    destination.mkdir(parents=True, exist_ok=True)
+    their_config.save_pretrained(destination)
+    save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
+    return [*report, f"Written: {their_class.__name__} in {destination}, {TARGETS[to]}."]
+
+
+def _published_key(key: str) -> str:
+    key = re.sub(r"\blayers\.", "encoder.layer.", key)  # the encoder's; decoder_layers has no word boundary there
+    for published, ours in TRANSFORMERS_KEYS.items():
+        key = key if ours == "layers." else key.replace(ours, published)
+    return key
+
+
+def _save_original(model: MAEPreTrainedModel, destination: Path, to: str) -> list[str]:
+    config = model.config
+    if destination.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{destination} should be {TARGETS[to]}.")
+    if config.hidden_act != "gelu":
+        raise ValueError(f"hidden_act is {config.hidden_act!r}, and the blocks of timm and the original have 'gelu'.")
+    if to == "original":
+        _refuse_rectangles(config, "the original")
+        if not config.qkv_bias:
+            raise ValueError("The original has biases on query, key and value, and this model none: try --to timm.")
+    ours = model.state_dict()
+    state = {
+        key: torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[parts[0]].contiguous()
+        for key, parts in _original_layout(model).items()
+    }
+    report = []
+    if to == "timm" and isinstance(model, MAEForPreTraining):
+        state = {key: tensor for key, tensor in state.items() if not re.match("decoder_|mask_token", key)}
+        report.append("Left out: the decoder.")
+    if config.layer_norm_eps != 1e-6:
+        report.append(f"layer_norm_eps is {config.layer_norm_eps} here and 1e-6 there: outputs differ a little.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if destination.suffix == ".pth":
+        torch.save({"model": state}, destination)
+    else:
+        save_file(state, destination, metadata={"format": "pt"})
+    return [*report, f"Written: {destination}, {TARGETS[to]}."]
+
+
+def _original_layout(model: MAEPreTrainedModel) -> dict[str, list[str]]:
+    """Each key of the original's layout and the keys of this model that it holds: three in qkv, else one."""
+    layout: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        theirs = f"vit.{key}" if isinstance(model, MAEModel) else key
+        for our_part, their_part in ORIGINAL_KEYS:
+            theirs = theirs.replace(our_part, their_part)
+        layout.setdefault(theirs, []).append(key)
+    return layout
+
+
+def _refuse_rectangles(config: MAEConfig, other: str) -> None:
+    for shape in (config.image_shape, config.patch_shape):
+        if shape[0] != shape[1]:
+            raise ValueError(f"{other} has square images and patches only, and this model has {shape[0]}x{shape[1]}.")
+
+
+def _write_image_processor(source: str | Path, destination: Path, config: MAEConfig) -> str:
+    """The source's image processor; for a file, the paper's: 256 -> centre crop 224, ImageNet's mean and deviation."""
+    if not Path(source).is_file():
+        try:
+            AutoImageProcessor.from_pretrained(source).save_pretrained(destination)
+        except OSError:
+            return f"No image processor: there is none in {source}."
+        return f"Image processor: that of {source}."
+    if config.num_channels != 3:
+        return f"No image processor: a file of weights does not say how to normalise {config.num_channels} channels."
+    # here and not above, because it brings datasets and torchvision with it
+    from .training.data import image_processor
+    from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
+
+    image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD).save_pretrained(destination)
+    return "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_hf.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a .pth, .bin or .safetensors file, or a folder or Hub name with a config.json")
+    parser.add_argument("destination", help="the folder, or for timm and original the file, to write")
+    parser.add_argument("--to", default="mae", choices=TARGETS, help="; ".join(map(": ".join, TARGETS.items())))
+    parser.add_argument("--num_attention_heads", type=int, help="of the encoder; a file does not say")
+    parser.add_argument("--decoder_num_attention_heads", type=int, help="of the decoder; a file does not say")
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="if it is not square")
+    parser.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        help="whether the decoder predicts normalised patches; a file does not say. The original's visualisation "
+        "checkpoints need --no-norm_pix_loss",
+    )
+    chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    try:
+        print("\n".join(convert(**chosen)))
+    except ValueError as error:  # something that the user can mend, said in a sentence
+        sys.exit(f"convert: {error}")
+
+
+if __name__ == "__main__":
+    main()
