@@ -22,6 +22,22 @@ TRANSFORMERS_DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": {"layer_norm_eps": 1e-12, "pooling": "cls"},
 }
 
+# Several times what any ViT has (ViT-22B: 6144 wide, 48 deep). A config.json that asks for more is damaged, and would
+# keep the machine busy, or fill its memory, before anything else showed that.
+LARGEST: dict[str, int] = {
+    "hidden_size": 2**15,
+    "num_hidden_layers": 2**9,
+    "num_attention_heads": 2**10,
+    "intermediate_size": 2**18,
+    "num_channels": 2**12,
+    "decoder_hidden_size": 2**15,
+    "decoder_num_hidden_layers": 2**9,
+    "decoder_num_attention_heads": 2**10,
+    "decoder_intermediate_size": 2**18,
+}
+LARGEST_SIDE = 2**16  # of an image in pixels
+LARGEST_NUM_LABELS = 2**20
+
 
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message: the known name closest to `name`, or all of them when none is close."""
@@ -92,6 +108,8 @@ class MAEConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+        if (num_labels := kwargs.get("num_labels") or 0) > LARGEST_NUM_LABELS:  # the base class names every label
+            raise ValueError(f"num_labels must be at most {LARGEST_NUM_LABELS:,}, but is {num_labels:,}.")
         super().__post_init__(**kwargs)
         self._check()
 
@@ -157,19 +175,13 @@ class MAEConfig(PreTrainedConfig):
             is_pair = isinstance(pair, list | tuple) and len(pair) == 2
             if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
                 raise ValueError(f"{name} must be a positive int or (height, width) of two, but is {size!r}.")
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "num_channels",
-            "decoder_hidden_size",
-            "decoder_num_hidden_layers",
-            "decoder_num_attention_heads",
-            "decoder_intermediate_size",
-        ):
+            if max(pair) > LARGEST_SIDE:
+                raise ValueError(f"{name} must be at most {LARGEST_SIDE:,} pixels, but is {size!r}.")
+        for name, largest in LARGEST.items():
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest:,}, but is {value:,}.")
         for side, image, patch in zip(("height", "width"), self.image_shape, self.patch_shape, strict=True):
             if image % patch:
                 raise ValueError(
@@ -188,9 +200,15 @@ class MAEConfig(PreTrainedConfig):
                     f"{prefix}hidden_size {width} is not divisible by 4: the sin-cos position table needs a sine and a "
                     f"cosine for each of the two axes."
                 )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, but is {rate!r}.")
+        for name in (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "drop_path_rate",
+            "initializer_range",
+            "layer_norm_eps",
+        ):
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, but is {value!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):

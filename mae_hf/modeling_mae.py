@@ -5,7 +5,9 @@ Shapes, here and in comments at the end of lines:
     D encoder width  E decoder width
 """
 
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -259,6 +261,87 @@ class MAEClassifier(nn.Linear):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint must be to be loaded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+
+
+def check_weights_file(path: str) -> None:
+    """Refuse a safetensors file that is damaged, or that holds something else than floating point numbers.
+
+    transformers would cast weights of any dtype to the model's without a word. Only the header is read, some kilobytes.
+
+    Args:
+        path: of the file: 8 bytes that give the length of a JSON header, the header, the tensors.
+
+    Raises:
+        OSError: the file is cut off, or its header is not one.
+        ValueError: a weight is of integers, booleans or complex numbers.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header_length = int.from_bytes(file.read(8), "little")
+        if header_length > min(size - 8, LONGEST_HEADER):
+            raise OSError(f"{path} is damaged: a header of {header_length} bytes in a file of {size}.")
+        header = file.read(header_length)
+    try:
+        tensors = json.loads(header, object_pairs_hook=_without_duplicates)
+        tensors.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        # A tensor without dimensions is no weight; BatchNorm counts its batches in one.
+        dtypes = {name: tensor["dtype"] for name, tensor in tensors.items() if tensor["shape"]}
+        wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{path} is damaged, its header cannot be read: {error}") from error
+    if 8 + header_length + end != size:
+        raise OSError(f"{path} is damaged: it has {size} bytes, but its header describes {8 + header_length + end}.")
+    if wrong:
+        raise ValueError(f"{path} has weights that are no floating point numbers: {_first_few(wrong)}.")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(pairs)) < len(pairs):
+        raise ValueError("it gives a name twice")
+    return unique
+
+
+def check_loaded_weights(model: nn.Module, loading_info: Any, ignore_mismatched_sizes: bool) -> None:
+    """Refuse weights that are not those of the configuration, or not finite.
+
+    Args:
+        model: with the weights that were found; the others are on the meta device, without memory.
+        loading_info: of transformers, with mismatched_keys.
+        ignore_mismatched_sizes: as given to `from_pretrained`, make new weights where shapes differ.
+
+    Raises:
+        RuntimeError: a weight has another shape.
+        ValueError: NaN or infinity.
+    """
+    mismatched = sorted(loading_info.mismatched_keys)
+    if mismatched and not ignore_mismatched_sizes:
+        shapes = [f"{name} is {tuple(found)} and not {tuple(wanted)}" for name, found, wanted in mismatched]
+        raise RuntimeError(  # as transformers does
+            f"The checkpoint does not fit its configuration: {_first_few(shapes)}. If that is meant, "
+            f"ignore_mismatched_sizes=True makes new weights in their place."
+        )
+    # The smallest and the largest value are NaN if any value is. This costs less than the loading itself; isfinite of
+    # everything would cost several times as much.
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all()
+    ]
+    if broken:
+        raise ValueError(f"The checkpoint has weights that are NaN or infinite: {_first_few(broken)}.")
+
+
+def _first_few(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The three models
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -294,7 +377,14 @@ class MAEPreTrainedModel(PreTrainedModel):
 
         Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
         Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.)
+
+        Raises:
+            OSError: there are no safetensors weights, or the file is damaged.
+            RuntimeError: a weight does not have the shape that the configuration says.
+            ValueError: weights are no finite floating point numbers, or a pickle was asked for.
         """
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
         loaded: Any = super().from_pretrained(
             *args, key_mapping={**(key_mapping or {}), **TRANSFORMERS_KEYS}, output_loading_info=True, **kwargs
         )
@@ -310,6 +400,22 @@ class MAEPreTrainedModel(PreTrainedModel):
         with the keys of a ViTMAE.
         """
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+    ) -> Any:
+        # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
+        # in their place, for a damaged config.json with all the memory that it asks for.
+        if not load_config.is_quantized:
+            for file in checkpoint_files or []:
+                check_weights_file(file)
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args
+        )
+        if not load_config.is_quantized:
+            check_loaded_weights(model, loading_info, load_config.ignore_mismatched_sizes)
+        return loading_info, offload_index
 
     def _freeze_position_tables(self) -> None:
         for module in self.modules():
