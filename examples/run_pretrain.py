@@ -31,7 +31,8 @@ from mae_hf.training.data import (
     open_source,
     train_transform,
 )
-from mae_hf.training.model_card import write_pretraining_card
+from mae_hf.training.hub import HubPush
+from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
@@ -150,6 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         folder.start()
+    hub = None
+    if recipe.push_to_hub:
+        shared = shareable_recipe(folder.recipe, source.name)
+        hub = HubPush(folder.path, recipe.hub_model_id, shared, recipe.hub_private_repo, recipe.hub_revision, say)
+        if accelerator.is_main_process:
+            hub.prepare()
     if trackers is not None:
         # Trackers show numbers and words; tensorboard refuses the lists and the None of a recipe.
         settings = dataclasses.asdict(folder.recipe).items()
@@ -175,6 +182,17 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = bare_model.reconstruct(pixel_values, recipe.image_mean, recipe.image_std, noise=noise)
         if accelerator.is_main_process:
             save_picture(pictures, path)
+
+    def export() -> None:
+        """Write what others load into the run folder: picture, model, processor and card; every process takes part."""
+        save_reconstructions(folder.path / "reconstruction.png")
+        bare_model.save_pretrained(
+            folder.path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
+        )
+        if accelerator.is_main_process:
+            processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
+            processor.save_pretrained(folder.path)
+            write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
 
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
@@ -221,6 +239,11 @@ def main(arguments: list[str] | None = None) -> None:
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         if step % recipe.save_every == 0 or step == total_steps:
             folder.save(accelerator, step, recipe.keep_checkpoints)
+            # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.
+            if hub and recipe.hub_push_every_checkpoint and step < total_steps and hub.is_free():
+                export()
+                if accelerator.is_main_process:
+                    hub.in_background(f"Step {step} of {total_steps}")
         if recipe.picture_every and step % recipe.picture_every == 0:
             save_reconstructions(folder.pictures / f"step-{step:08d}.png")
     progress.close()
@@ -228,15 +251,12 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # The model, its processor, its picture and its card
     # ----------------------------------------------------------------------------------------------------------------
-    save_reconstructions(folder.path / "reconstruction.png")
-    bare_model.save_pretrained(
-        folder.path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
-    )
-    if accelerator.is_main_process:
-        processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
-        processor.save_pretrained(folder.path)
-        write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
+    if hub:
+        hub.wait()  # for it reads the files that are about to be written
+    export()
     accelerator.end_training()
+    if hub and accelerator.is_main_process:
+        hub.finish(f"Pre-trained for {total_steps} steps")
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")
     say(f"    python examples/visualize.py {folder.path} YOUR_IMAGE.jpg")
 

@@ -5,7 +5,45 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .data import PIL_MODES
 from .recipe import PretrainRecipe, as_yaml
+
+CURVE_ROWS = 10
+
+
+def hub_dataset(recipe: PretrainRecipe, source_name: str) -> str | None:
+    """The name of the data set on the Hub, or None where the images come from elsewhere."""
+    return recipe.dataset if source_name == recipe.dataset else None
+
+
+def hub_base_model(recipe: PretrainRecipe) -> str | None:
+    """The name on the Hub of the checkpoint that was continued, or None if there was none or it is a folder."""
+    name = recipe.model_name_or_path
+    return None if name is None or Path(name).expanduser().exists() else name
+
+
+def shareable_recipe(recipe: PretrainRecipe, source_name: str) -> str:
+    """The recipe as YAML for other people: without the paths of this machine, and without where it was pushed."""
+    hidden = ["output_dir", *(name for name in vars(recipe) if name == "push_to_hub" or name.startswith("hub_"))]
+    if hub_dataset(recipe, source_name) is None:
+        hidden.append("dataset")
+    if hub_base_model(recipe) is None:
+        hidden.append("model_name_or_path")
+    return as_yaml(recipe, without=hidden)
+
+
+def loss_table(history: list[dict[str, Any]]) -> str:
+    """The loss curve as a table of Markdown: a few records of metrics.jsonl, evenly spaced, the last one among them."""
+    rows = min(CURVE_ROWS, len(history))
+    chosen = [history[(i + 1) * len(history) // rows - 1] for i in range(rows)]
+    lines = [f"| {r['step']:,} | {r['epoch']:.4g} | {r['lr']:.2e} | {r['loss']:.4f} |" for r in chosen]
+    return "\n".join(["| step | epoch | learning rate | loss |", "|---:|---:|---:|---:|", *lines])
+
+
+def _epochs(recipe: PretrainRecipe, history: list[dict[str, Any]]) -> str:
+    """How many epochs the model has seen: a checkpoint that is pushed on the way has not seen them all."""
+    done = history[-1]["epoch"] if history else recipe.epochs
+    return str(recipe.epochs) if round(done) >= recipe.epochs else f"{done:.1f} of {recipe.epochs}"
 
 
 def write_pretraining_card(
@@ -18,30 +56,37 @@ def write_pretraining_card(
 ) -> None:
     """Fill in the template of model_cards/ and write it as README.md beside the model.
 
+    The metadata has no model-index: a pre-trained model has a training loss, but no evaluation on any benchmark.
+
     Args:
-        folder: of the model; its last name is the title.
+        folder: of the model; its last name is the title, unless the model has a name on the Hub.
         template: a Jinja template, model_cards/template_pretrain.md.
         recipe: the resolved recipe. The card shows it without the paths of this machine.
         source_name: what the images are called, `ImageSource.name`.
         history: the records of metrics.jsonl.
         num_parameters: of encoder and decoder.
     """
-    shown = as_yaml(recipe, without=("output_dir", "dataset", "model_name_or_path"))
+    dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
     data = ModelCardData(
-        license="apache-2.0",
+        license=recipe.license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["mae", "masked-autoencoder", "self-supervised", "vision", "mae_hf"],
+        datasets=[dataset] if dataset else None,
+        base_model=base_model,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template),
-        title=Path(folder).resolve().name,
-        source=source_name,
-        recipe=shown,
-        epochs=recipe.epochs,
+        name=recipe.hub_model_id or Path(folder).resolve().name,
+        source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
+        base_model=base_model,
+        image_mode=PIL_MODES[len(recipe.image_mean)],
+        recipe=shareable_recipe(recipe, source_name),
+        epochs=_epochs(recipe, history),
         mask_percent=round(100 * recipe.mask_ratio),
         num_parameters=f"{num_parameters:,}",
         final_loss=f"{history[-1]['loss']:.4f}" if history else "not logged",
+        curve=loss_table(history),
     )
     card.save(Path(folder) / "README.md")

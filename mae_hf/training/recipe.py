@@ -104,6 +104,16 @@ class PretrainRecipe:
     report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")
     output_dir: str = setting("runs/pretrain", "the run folder")
 
+    # --- where the model goes; the token is that of `hf auth login` or HF_TOKEN
+    push_to_hub: bool = setting(False, "push model, processor, card, recipe, metrics and picture to the Hub at the end")
+    hub_model_id: str | None = setting(None, "name on the Hub, user/name")
+    hub_private_repo: bool = setting(False, "make the repository private; else the account's default")
+    hub_revision: str | None = setting(None, "branch to push to; else main")
+    hub_push_every_checkpoint: bool = setting(False, "also push at every checkpoint, while training goes on")
+    license: str = setting(
+        "unknown", "licence of the weights, for the card; the images, or the checkpoint continued from, may decide it"
+    )
+
     def __post_init__(self) -> None:
         for name in (
             "total_batch_size",
@@ -127,6 +137,10 @@ class PretrainRecipe:
             raise ValueError(f"center_crop must be above 0 and at most 1, but is {self.center_crop}.")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
+        if self.hub_push_every_checkpoint and not self.push_to_hub:
+            raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 
     @property
     def effective_lr(self) -> float:
@@ -170,6 +184,12 @@ MAY_CHANGE = frozenset(
         "picture_every",
         "report_to",
         "output_dir",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_push_every_checkpoint",
+        "license",
     }
 )
 

@@ -1,0 +1,117 @@
+"""Model cards: what the Hub reads in them, what a person reads, and what must not be in them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from mae_hf import MAEConfig, MAEForPreTraining
+from mae_hf.training.model_card import loss_table, shareable_recipe, write_pretraining_card
+from mae_hf.training.recipe import PretrainRecipe
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+HISTORY = [{"step": 10 * i, "epoch": i / 4, "loss": 1 / i, "lr": 1e-4 * i} for i in range(1, 41)]
+
+
+def resolved(**fields: object) -> PretrainRecipe:
+    recipe = PretrainRecipe(size="tiny", epochs=10, warmup_epochs=1, **fields)
+    return recipe.resolved(recipe.config(), "no")
+
+
+def card(folder: Path, source_name: str, history: list[dict] = HISTORY, **fields: object) -> ModelCard:
+    template = CARDS / "template_pretrain.md"
+    write_pretraining_card(folder, template, resolved(**fields), source_name, history, 12_345_678)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_metadata__of_a_run_on_the_hub(tmp_path: Path) -> None:
+    written = card(
+        tmp_path,
+        source_name="user/images",
+        dataset="user/images",
+        model_name_or_path="facebook/vit-mae-base",
+        hub_model_id="user/name",
+        license="cc-by-nc-4.0",
+    )
+    data = written.data.to_dict()
+    assert data.pop("tags") == ["mae", "masked-autoencoder", "self-supervised", "vision", "mae_hf"]
+    assert data == {
+        "license": "cc-by-nc-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "datasets": ["user/images"],
+        "base_model": "facebook/vit-mae-base",
+    }
+    assert "[user/images](https://huggingface.co/datasets/user/images)" in written.text
+    assert "starting from [facebook/vit-mae-base](https://huggingface.co/facebook/vit-mae-base)" in written.text
+    assert 'name = "user/name"' in written.text
+
+
+def test_metadata__of_a_run_on_this_machine(tmp_path: Path) -> None:
+    """Neither the images nor the checkpoint have a name that means anything elsewhere."""
+    run = tmp_path / "run"
+    run.mkdir()
+    local = {"dataset": str(tmp_path / "photos"), "model_name_or_path": str(tmp_path), "output_dir": str(run)}
+    written = card(run, source_name="a local folder of images", **local)
+    assert written.data.license == "unknown"  # which is for the person who trained it to say
+    assert not {"datasets", "base_model", "model-index"} & written.data.to_dict().keys()
+    assert "on a local folder of images" in written.text
+    assert "starting from" not in written.text
+    assert str(tmp_path) not in str(written)
+
+
+def test_card__the_text_of_a_person(tmp_path: Path) -> None:
+    written = card(tmp_path, source_name="user/images", dataset="user/images").text
+    for expected in ("12,345,678 parameters", "for 10 epochs", "75 % of the patches", "reconstruction.png", "0.0250"):
+        assert expected in written
+    assert "{{" not in written
+    assert yaml.safe_load(written.split("```yaml\n")[1].split("```")[0])["base_lr"] == 1.5e-4
+    assert '.convert("RGB")' in written
+    grey = {"num_channels": 1, "image_mean": [0.5], "image_std": [0.5]}
+    assert '.convert("L")' in card(tmp_path, source_name="user/images", **grey).text
+
+
+@pytest.mark.parametrize(("records", "said"), [(2, "for 0.5 of 10 epochs"), (39, "for 10 epochs"), (0, "not logged")])
+def test_card__of_a_run_that_is_not_over(records: int, said: str, tmp_path: Path) -> None:
+    assert said in card(tmp_path, source_name="user/images", history=HISTORY[:records]).text
+
+
+def test_recipe__paths_are_left_out_and_names_are_not() -> None:
+    named = resolved(dataset="user/images", model_name_or_path="user/model", push_to_hub=True, hub_model_id="user/name")
+    shown = yaml.safe_load(shareable_recipe(named, "user/images"))
+    assert (shown["dataset"], shown["model_name_or_path"]) == ("user/images", "user/model")
+    everything = vars(named).keys()
+    assert everything - shown.keys() == {"output_dir", "push_to_hub"} | {n for n in everything if n.startswith("hub_")}
+    hidden = yaml.safe_load(shareable_recipe(resolved(dataset="digits", model_name_or_path="/"), "the digits"))
+    assert not {"dataset", "model_name_or_path"} & hidden.keys()
+
+
+@pytest.mark.parametrize(("records", "steps"), [(0, []), (1, [10]), (3, [10, 20, 30]), (40, range(40, 401, 40))])
+def test_loss_table__evenly_spaced_to_the_end(records: int, steps: list[int]) -> None:
+    rows = loss_table(HISTORY[:records]).splitlines()[2:]
+    assert [int(row.split("|")[1]) for row in rows] == list(steps)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_published__cards_are_what_fill_writes(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails and you meant it: python model_cards/fill.py"""
+    monkeypatch.syspath_prepend(CARDS)
+    from fill import PUBLISHED, published_card
+
+    sys.modules.pop("fill")
+    written = ModelCard.load(CARDS / f"vit_{size}.md")
+    assert str(written) == str(published_card(size))
+    assert written.data.license == "cc-by-nc-4.0"
+    assert f"python -m mae_hf.convert facebook/vit-mae-{size} DESTINATION" in written.text
+    assert [result.metric_value for result in written.data.eval_results] == [
+        PUBLISHED[size]["finetuned"],
+        PUBLISHED[size]["linear"],
+    ]
+    import torch
+
+    with torch.device("meta"):
+        model = MAEForPreTraining(MAEConfig.from_size(size))
+    assert f"{sum(p.numel() for p in model.parameters()):,}" == PUBLISHED[size]["parameters"]
+    assert f"{sum(p.numel() for p in model.vit.parameters()):,}" == PUBLISHED[size]["encoder_parameters"]
