@@ -225,8 +225,8 @@ def read_weights(path: Path) -> Weights:
 def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
     """The configuration of a state dict in the original's layout, from its shapes.
 
-    Shapes don't tell the number of heads. The encoders of the paper and of timm's small ViTs have heads of 64, except
-    ViT-H, which has 16 (Section 4); every decoder of the paper has 16.
+    Shapes don't tell the number of heads. In the ViTs from Ti to L they are 64 wide, and ViT-H has 16 (Dosovitskiy et
+    al. 2020, Table 1); every decoder of the original has 16.
 
     Args:
         weights: in the layout of the original or timm.
