@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 
-MUTATIONS = 3000
+MUTATIONS = 2000
 DIGITS, LETTERS = b"0123456789", b"abcdefghijklmnopqrstuvwxyz_"
 # The last one is what transformers says to a dtype that torch does not have.
 ERRORS = (ValueError, OSError, RuntimeError, SafetensorError, AttributeError)
