@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from .configuration_mae import MAEConfig
+from .loading import TRANSFORMERS_KEYS
 from .modeling_mae import (
-    TRANSFORMERS_KEYS,
     MAEForImageClassification,
     MAEForPreTraining,
     MAEModel,

@@ -104,12 +104,23 @@ def test_num_channels__any(channels: int) -> None:
         ({"drop_path_rate": 1}, "drop_path_rate must be at least 0 and below 1, but is 1"),
         ({"drop_path_rate": math.nan}, "drop_path_rate must be at least 0 and below 1, but is nan"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'cls', but is 'max'"),
-        ({"hidden_act": "gleu"}, "hidden_act"),
+        ({"initializer_range": -0.02}, "initializer_range must be at least 0 and below 1, but is -0.02"),
+        ({"layer_norm_eps": 1}, "layer_norm_eps must be at least 0 and below 1, but is 1"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate must be at least 0 and below 1, but is '0.1'"),
+        ({"hidden_act": "gleu"}, "There is no hidden_act 'gleu'.*Did you mean 'gelu'"),
+        ({"hidden_size": 2**16}, "hidden_size must be at most 32,768, but is 65,536"),
+        ({"image_size": (32, 2**17)}, "image_size must be at most 65,536 pixels"),
+        ({"num_labels": 2**21}, "num_labels must be at most 1,048,576, but is 2,097,152"),
+        ({"patch_size": 1, "num_channels": 1}, "patch of one value has no variance.*norm_pix_loss=False"),
     ],
 )
 def test_check__refused_with_a_sentence(fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_config(**fields)
+
+
+def test_check__patch_of_one_value_without_normalisation() -> None:
+    assert tiny_config(image_size=4, patch_size=1, num_channels=1, norm_pix_loss=False).num_patches == 16
 
 
 @pytest.mark.parametrize(

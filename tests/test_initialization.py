@@ -47,6 +47,15 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_thread():
+    """Steps this small gain nothing from a second core, and lose very much when another process has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,6 +151,7 @@ def test_scratch__permuting_patches_changes_the_features() -> None:
         assert max_difference(model(images).pooler_output, model(swapped).pooler_output) > 0.01
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_scratch__learns_to_complete_a_handful_of_images() -> None:
     config = tiny_config(num_channels=1)
     y, x = torch.meshgrid(torch.arange(32) / 32, torch.arange(32) / 32, indexing="ij")

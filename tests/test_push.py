@@ -29,7 +29,8 @@ SMALL = [
 ]
 FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.jsonl"),
-    *("versions.json", "reconstruction.png", "configuration_mae.py", "masking.py", "modeling_mae.py", "patches.py"),
+    *("versions.json", "reconstruction.png", "configuration_mae.py", "loading.py", "masking.py"),
+    *("modeling_mae.py", "patches.py"),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
 
