@@ -287,7 +287,15 @@ class Hub:
     @route("GET", "/api/{kind}/{name}/tree/{revision}(?:/{path})?")
     def tree(self, request: Request, kind: str, name: str, revision: str, path: str | None) -> Answer:
         files = self.readable(request, kind, name).at(revision).files
-        return Answer([file.entry(p) for p, file in sorted(files.items()) if p.startswith(f"{path}/" if path else "")])
+        folder = f"{path}/" if path else ""
+        below = {p.removeprefix(folder): file for p, file in sorted(files.items()) if p.startswith(folder)}
+        if path and not below:
+            raise HubError(404, "EntryNotFound", "Entry not found")
+        if "recursive=true" in request.path.lower():
+            return Answer([file.entry(folder + p) for p, file in below.items()])
+        folders = sorted({p.split("/")[0] for p in below if "/" in p})
+        entries = [{"type": "directory", "path": folder + p, "oid": "0" * 40, "size": 0} for p in folders]
+        return Answer([*entries, *(file.entry(folder + p) for p, file in below.items() if "/" not in p)])
 
     @route("POST", "/api/{kind}/{name}/paths-info/{revision}")
     def paths_info(self, request: Request, kind: str, name: str, revision: str) -> Answer:

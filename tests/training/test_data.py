@@ -9,6 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hub import Hub
+from huggingface_hub import HfApi
 from PIL import Image
 
 from mae_hf.training.data import (
@@ -346,3 +348,23 @@ def test_make_schedule__refuses_with_a_sentence(tmp_path: Path) -> None:
     stream = open_source(write_shards(tmp_path / "shards"), streaming=True)
     with pytest.raises(ValueError, match="--images_per_epoch"):
         make_schedule(stream, 1, 2, 2, num_processes=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_open_source__by_name_from_the_hub(streaming: bool, hub: Hub, tmp_path: Path) -> None:
+    api = HfApi()
+    api.create_repo("user/pictures", repo_type="dataset")
+    for split, count in (("train", 6), ("test", 2)):
+        write_table(count).to_parquet(str(tmp_path / f"{split}.parquet"))
+        api.upload_file(
+            path_or_fileobj=tmp_path / f"{split}.parquet",
+            path_in_repo=f"data/{split}-00000-of-00001.parquet",
+            repo_id="user/pictures",
+            repo_type="dataset",
+        )
+    source = open_source("user/pictures", "test", streaming=streaming)
+    assert source.name == "user/pictures"
+    assert sorted(which(row["image"]) for row in source.images) == [0, 1]
+    assert len(list(open_source("user/pictures", streaming=streaming).images)) == 6
+    with pytest.raises(ValueError, match="validation"):
+        open_source("user/pictures", "validation", streaming=streaming)
