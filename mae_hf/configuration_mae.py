@@ -1,5 +1,6 @@
 """MAEConfig: the numbers that define a masked autoencoder, checked when they are set."""
 
+import math
 from difflib import get_close_matches
 from typing import Any
 
@@ -200,15 +201,12 @@ class MAEConfig(PreTrainedConfig):
                     f"{prefix}hidden_size {width} is not divisible by 4: the sin-cos position table needs a sine and a "
                     f"cosine for each of the two axes."
                 )
-        for name in (
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "drop_path_rate",
-            "initializer_range",
-            "layer_norm_eps",
-        ):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {value!r}.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, but is {value!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):

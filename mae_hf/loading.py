@@ -22,13 +22,15 @@ TRANSFORMERS_KEYS = {
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
-def check_weights_file(path: str) -> None:
+def check_weights_file(path: str, weight_names: set[str]) -> None:
     """Refuse a safetensors file that is damaged, or that holds something else than floating point numbers.
 
     transformers would cast weights of any dtype to the model's without a word. Only the header is read, some kilobytes.
 
     Args:
         path: of the file: 8 bytes that give the length of a JSON header, the header, the tensors.
+        weight_names: the last parts of the names of the model's weights ("weight", "cls_token", ...). Other tensors, an
+            index of integers for instance, may be anything: nobody loads them.
 
     Raises:
         OSError: the file is cut off, or its header is not one.
@@ -44,8 +46,7 @@ def check_weights_file(path: str) -> None:
         tensors = json.loads(header, object_pairs_hook=_without_duplicates)
         tensors.pop("__metadata__", None)
         end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        # A tensor without dimensions is no weight; BatchNorm counts its batches in one.
-        dtypes = {name: tensor["dtype"] for name, tensor in tensors.items() if tensor["shape"]}
+        dtypes = {name: t["dtype"] for name, t in tensors.items() if name.rpartition(".")[2] in weight_names}
         wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is damaged, its header cannot be read: {error}") from error

@@ -314,8 +314,9 @@ class MAEPreTrainedModel(PreTrainedModel):
         # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
         # in their place, for a damaged config.json with all the memory that it asks for.
         if not load_config.is_quantized:
+            weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
             for file in checkpoint_files or []:
-                check_weights_file(file)
+                check_weights_file(file, weight_names)
         loading_info, offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args
         )
@@ -508,6 +509,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
         **kwargs: Any,
     ) -> MAEForPreTrainingOutput:
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
+
+        torch.compile makes one graph of it, except with `generator` or `bool_masked_pos`: a generator is no tensor, and
+        how many patches a mask hides is known only from its values.
 
         Args:
             pixel_values: (B, C, H, W) normalised images.

@@ -185,6 +185,12 @@ def test_weights__a_count_that_is_no_weight_is_left_alone(checkpoint: Path) -> N
     assert MAEModel.from_pretrained(checkpoint).config.hidden_size == 32
 
 
+def test_weights__an_index_that_nobody_loads_may_be_of_integers(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({**weights, "vit.patch_index": torch.arange(16)}, checkpoint / "model.safetensors", {"format": "pt"})
+    assert torch.equal(MAEForPreTraining.from_pretrained(checkpoint).decoder.mask_token, weights["decoder.mask_token"])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights__not_finite(value: float, dtype: torch.dtype, checkpoint: Path) -> None:

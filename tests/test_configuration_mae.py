@@ -104,8 +104,9 @@ def test_num_channels__any(channels: int) -> None:
         ({"drop_path_rate": 1}, "drop_path_rate must be at least 0 and below 1, but is 1"),
         ({"drop_path_rate": math.nan}, "drop_path_rate must be at least 0 and below 1, but is nan"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'cls', but is 'max'"),
-        ({"initializer_range": -0.02}, "initializer_range must be at least 0 and below 1, but is -0.02"),
-        ({"layer_norm_eps": 1}, "layer_norm_eps must be at least 0 and below 1, but is 1"),
+        ({"initializer_range": -0.02}, "initializer_range must be at least 0 and finite, but is -0.02"),
+        ({"layer_norm_eps": -1e-6}, "layer_norm_eps must be at least 0 and finite"),
+        ({"layer_norm_eps": math.inf}, "layer_norm_eps must be at least 0 and finite, but is inf"),
         ({"drop_path_rate": "0.1"}, "drop_path_rate must be at least 0 and below 1, but is '0.1'"),
         ({"hidden_act": "gleu"}, "There is no hidden_act 'gleu'.*Did you mean 'gelu'"),
         ({"hidden_size": 2**16}, "hidden_size must be at most 32,768, but is 65,536"),
@@ -117,6 +118,10 @@ def test_num_channels__any(channels: int) -> None:
 def test_check__refused_with_a_sentence(fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_config(**fields)
+
+
+def test_check__an_epsilon_is_no_rate() -> None:
+    assert tiny_config(layer_norm_eps=1.0).layer_norm_eps == 1.0  # transformers' own tests set it
 
 
 def test_check__patch_of_one_value_without_normalisation() -> None:
