@@ -75,6 +75,8 @@ class MAEConfig(PreTrainedConfig):
             decoder. `decoder_intermediate_size=None` means 4 x `decoder_hidden_size`.
         mask_ratio: share of the patches that are hidden, between 0 and 1 (Fig. 5).
         norm_pix_loss: predict pixels normalised by the mean and variance of their patch (Table 1d).
+        mask_tokens_in_encoder: in pre-training, the encoder sees a mask token in place of each hidden patch, rather
+            than only the visible ones: the slower and worse choice of Table 1c, for comparison.
 
     Raises:
         ValueError: a value, or a pair of values, that no model can be built from.
@@ -103,6 +105,7 @@ class MAEConfig(PreTrainedConfig):
     decoder_intermediate_size: int = None  # type: ignore[assignment]  # filled in __post_init__
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
+    mask_tokens_in_encoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:

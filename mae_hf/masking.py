@@ -32,6 +32,15 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def replace_hidden(tokens: Tensor, mask_token: Tensor, ids_keep: Tensor) -> Tensor:
+    """A mask token in place of every hidden patch: tokens (B, N, D), ids_keep (B, V) -> (B, N, D).
+
+    Only for an encoder that sees mask tokens (Table 1c); the paper's sees the visible patches alone.
+    """
+    visible = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, ids_keep, True)
+    return torch.where(visible.unsqueeze(-1), tokens, mask_token.to(tokens.dtype))
+
+
 def restore(visible: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
     """Undo the shuffle: visible tokens to their places, a mask token everywhere else (Section 3, "MAE decoder").
 

@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file
-from .masking import patch_mask, random_masking, restore, take
+from .masking import patch_mask, random_masking, replace_hidden, restore, take
 from .patches import (
     denormalize_patches,
     normalize_patches,
@@ -205,12 +205,17 @@ class MAEEmbeddings(nn.Module):
         # Not a buffer: fine-tuning trains it, and every published checkpoint contains it.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
 
-    def forward(self, patches: Tensor, ids_keep: Tensor | None, grid_shape: tuple[int, int]) -> Tensor:
+    def forward(
+        self, patches: Tensor, ids_keep: Tensor | None, mask_token: Tensor | None, grid_shape: tuple[int, int]
+    ) -> Tensor:
         positions = resize_position_table(self.position_embeddings, self.config.grid_shape, grid_shape)
         patch_positions = positions[:, 1:].expand(patches.shape[0], -1, -1)  # (B, N, D)
-        if ids_keep is not None:
+        if ids_keep is not None and mask_token is None:
             patches, patch_positions = take(patches, ids_keep), take(patch_positions, ids_keep)  # (B, V, ...)
-        tokens = self.patch_embeddings(patches) + patch_positions
+        tokens = self.patch_embeddings(patches)
+        if ids_keep is not None and mask_token is not None:
+            tokens = replace_hidden(tokens, mask_token, ids_keep)
+        tokens = tokens + patch_positions
         cls = (self.cls_token + positions[:, :1]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([cls, tokens], dim=1)  # (B, 1 + V, D)
 
@@ -224,7 +229,9 @@ class MAEDecoder(nn.Module):
         width = config.decoder_hidden_size
         patch_height, patch_width = config.patch_shape
         self.decoder_embed = nn.Linear(config.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        # An encoder that sees mask tokens has a latent for every patch, and leaves nothing to fill in here.
+        needs_mask_token = not config.mask_tokens_in_encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if needs_mask_token else None
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width))
         self.decoder_layers = nn.ModuleList(
             MAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
@@ -235,8 +242,9 @@ class MAEDecoder(nn.Module):
 
     def forward(self, latent: Tensor, ids_restore: Tensor, grid_shape: tuple[int, int]) -> Tensor:
         tokens = self.decoder_embed(latent)  # (B, 1 + V, E)
-        patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
-        tokens = torch.cat([tokens[:, :1], patches], dim=1)
+        if self.mask_token is not None:
+            patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
+            tokens = torch.cat([tokens[:, :1], patches], dim=1)
         tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
         for layer in self.decoder_layers:
             tokens, _ = layer(tokens)
@@ -356,9 +364,12 @@ class MAEPreTrainedModel(PreTrainedModel):
             table = sincos_position_table(self.config.hidden_size, self.config.grid_shape)
             init.copy_(module.position_embeddings, table)
         elif isinstance(module, MAEDecoder):
-            init.normal_(module.mask_token, std=self.config.initializer_range)
+            if module.mask_token is not None:
+                init.normal_(module.mask_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid_shape)
             init.copy_(module.decoder_pos_embed, table)
+        elif isinstance(module, MAEForPreTraining) and module.encoder_mask_token is not None:
+            init.normal_(module.encoder_mask_token, std=self.config.initializer_range)
 
     def _grid_shape(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """(rows, columns) of the patches of these images, once the images are known to fit the model."""
@@ -391,7 +402,7 @@ class MAEModel(MAEPreTrainedModel):
     """
 
     # The decoder of a pre-training checkpoint and the head of a classifier are no part of the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^fc_norm\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^encoder_mask_token$", r"^fc_norm\.", r"^classifier\."]
 
     def __init__(self, config: MAEConfig, final_norm: bool = True) -> None:
         super().__init__(config)
@@ -416,6 +427,7 @@ class MAEModel(MAEPreTrainedModel):
         self,
         pixel_values: Tensor,
         ids_keep: Tensor | None = None,
+        mask_token: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -426,6 +438,8 @@ class MAEModel(MAEPreTrainedModel):
         Args:
             pixel_values: (B, C, H, W) normalised images.
             ids_keep: (B, V) int64, the patches to see, in any order; `None` sees all in raster order.
+            mask_token: (1, 1, D) to put in place of the patches that are not in `ids_keep`; `None` leaves them out, as
+                the paper does. With it the output has all N patches, in raster order.
             interpolate_pos_encoding: accept images of another size than the configuration's.
             output_hidden_states, output_attentions: also return them; attentions need `attn_implementation="eager"`.
 
@@ -448,7 +462,7 @@ class MAEModel(MAEPreTrainedModel):
             )
         grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
-        tokens = self.embeddings(patches, ids_keep, grid_shape)  # (B, 1 + V, D)
+        tokens = self.embeddings(patches, ids_keep, mask_token, grid_shape)  # (B, 1 + V, D)
 
         # Kept only if asked for: without gradients, a list would hold every layer's output in memory to the end.
         hidden_states: tuple[Tensor, ...] = (tokens,)
@@ -480,6 +494,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
         super().__init__(config)
         self.vit = MAEModel(config)
         self.decoder = MAEDecoder(config)
+        with_tokens = config.mask_tokens_in_encoder
+        self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if with_tokens else None
         self.post_init()
         self._freeze_position_tables()
 
@@ -487,7 +503,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """See `MAEPreTrainedModel`. From an encoder alone, the decoder starts random and `reconstruct` refuses."""
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model.decoder_is_random = "decoder.mask_token" in loading_info["missing_keys"]
+        model.decoder_is_random = "decoder.decoder_pos_embed" in loading_info["missing_keys"]
         return (model, loading_info) if output_loading_info else model
 
     def train(self, mode: bool = True) -> "MAEForPreTraining":
@@ -533,6 +549,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         encoded = self.vit(
             pixel_values,
             ids_keep=ids_keep,
+            mask_token=self.encoder_mask_token,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -656,7 +673,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
     trains_position_table = True
     # Loading a pre-training checkpoint leaves these behind; only what is new, the head and fc_norm, is worth a word.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^vit\.layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^encoder_mask_token$", r"^vit\.layernorm\."]
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mae_hf.masking import patch_mask, random_masking, restore, take
+from mae_hf.masking import patch_mask, random_masking, replace_hidden, restore, take
 
 # (patches, visible), with primes, a single visible and a single hidden patch
 AWKWARD = [(2, 1), (3, 2), (7, 1), (13, 12), (16, 4), (97, 24), (100, 9), (196, 49)]
@@ -54,6 +54,16 @@ def test_restore__undoes_take(patches: int, visible: int) -> None:
     ids_keep, ids_restore, mask = random_masking(noise(5, patches), visible)
     restored = restore(take(tokens, ids_keep), mask_token, ids_restore)
     assert torch.equal(restored, torch.where(mask.unsqueeze(-1).bool(), mask_token, tokens))
+
+
+def test_replace_hidden__slow_loop() -> None:
+    tokens, mask_token = noise(3, 8 * 5).view(3, 8, 5), torch.full((1, 1, 5), 7.0)
+    ids_keep, _, _ = random_masking(noise(3, 8, seed=1), 2)
+    replaced = replace_hidden(tokens, mask_token, ids_keep)
+    for image in range(3):
+        for patch in range(8):
+            expected = tokens[image, patch] if patch in ids_keep[image].tolist() else mask_token[0, 0]
+            assert torch.equal(replaced[image, patch], expected)
 
 
 def test_take__slow_loop() -> None:

@@ -67,6 +67,30 @@ def test_forward__hidden_pixels_do_not_reach_the_encoder() -> None:
     assert output.loss != other.loss
 
 
+def test_mask_tokens_in_encoder__encoder_sees_all_positions_but_no_hidden_pixel() -> None:
+    model = scrambled(MAEForPreTraining, mask_tokens_in_encoder=True, norm_pix_loss=False)
+    output = model(IMAGES, noise=NOISE, output_hidden_states=True)
+    assert {state.shape for state in output.hidden_states} == {(2, 17, CONFIG.hidden_size)}
+    hidden = model.unpatchify(output.mask[..., None].expand(-1, -1, 192)).bool()
+    assert torch.equal(output.logits, model(IMAGES.masked_fill(hidden, 7.0), noise=NOISE).logits)
+    output.loss.backward()
+    without_gradient = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without_gradient == set()  # DDP waits for every parameter that can have one
+
+
+def test_mask_tokens_in_encoder__loads_into_the_other_models(tmp_path: Path) -> None:
+    model = scrambled(MAEForPreTraining, mask_tokens_in_encoder=True)
+    model.save_pretrained(tmp_path)
+    again = MAEForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(model(IMAGES, noise=NOISE).loss, again(IMAGES, noise=NOISE).loss)
+    encoder, info = MAEModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(encoder(IMAGES).last_hidden_state, model.vit(IMAGES).last_hidden_state)
+    _, info = MAEForImageClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert not info["unexpected_keys"]
+
+
 def test_forward__loss_counts_hidden_patches_alone() -> None:
     model = scrambled(MAEForPreTraining)
     output = model(IMAGES, noise=NOISE)

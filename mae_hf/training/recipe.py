@@ -58,6 +58,9 @@ class PretrainRecipe:
     decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, 16 in the paper")
     mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)")
     norm_pix_loss: bool = setting(True, "predict pixels normalised per patch (Table 1d)")
+    mask_tokens_in_encoder: bool = setting(
+        False, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
+    )
 
     # --- the augmentation
     crop_scale: list[float] = setting([0.2, 1.0], "random resized crop: smallest and largest share of the image's area")
