@@ -20,16 +20,13 @@ from accelerate.utils import is_bf16_available, set_seed
 from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
+from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
 from mae_hf.training.data import (
     ImageSource,
-    Normalize,
     PretrainingImages,
     batches,
-    eval_transform,
-    image_processor,
     make_schedule,
     open_source,
-    train_transform,
 )
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
@@ -61,16 +58,10 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
     if recipe.model_name_or_path is None:
         model = MAEForPreTraining(recipe.config())
     else:
-        config = MAEConfig.from_pretrained(recipe.model_name_or_path)
-        for name, value in recipe.architecture().items():
-            if name not in ("image_size", "mask_ratio", "norm_pix_loss") and value != getattr(config, name):
-                raise ValueError(
-                    f"{name} is {value} in the recipe and {getattr(config, name)} in the checkpoint "
-                    f"{recipe.model_name_or_path}, which decides the architecture: leave {name} out."
-                )
+        config = recipe.checkpoint_config(may_differ=("image_size", "mask_ratio", "norm_pix_loss"))
         # The only mismatch that is left is the position table of another image size; it is computed anew.
         model = MAEForPreTraining.from_pretrained(
-            recipe.model_name_or_path, **recipe.architecture(), ignore_mismatched_sizes=True
+            recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True
         )
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
@@ -102,12 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     model = build_model(recipe)
     config = model.config
-    for name in ("image_mean", "image_std"):
-        if len(getattr(recipe, name)) != config.num_channels:
-            raise ValueError(
-                f"{name} has {len(getattr(recipe, name))} values, but the model has {config.num_channels} channels: "
-                f"give one value a channel."
-            )
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
 
     schedule = make_schedule(

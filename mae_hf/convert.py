@@ -456,7 +456,7 @@ def _write_image_processor(source: str | Path, destination: Path, config: MAECon
     if config.num_channels != 3:
         return f"No image processor: a file of weights does not say how to normalise {config.num_channels} channels."
     # here and not above, because it brings datasets and torchvision with it
-    from .training.data import image_processor
+    from .training.augment import image_processor
     from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
 
     image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD).save_pretrained(destination)

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
-from mae_hf.training.data import image_processor
+from mae_hf.training.augment import image_processor
 
 CODE = {"configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
 MODELS = [

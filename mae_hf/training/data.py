@@ -8,7 +8,7 @@ interruption enters, so a run that is resumed at step s needs to know s and noth
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
-from transformers import ViTImageProcessor
 
 from ..configuration_mae import nearest
+from .augment import Mixing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
@@ -38,13 +38,15 @@ class ImageSource:
     """Encoded images, to be had by index or as a stream.
 
     name: what a model card calls it; never a path of this machine.
-    images: one column "image" of {"bytes", "path"}, not decoded.
+    images: a column "image" of {"bytes", "path"}, not decoded; where labels were asked for, a column "label" of ints.
     length: number of images, or None for a stream that does not know.
+    label_names: what the labels mean, or None where they were not asked for.
     """
 
     name: str
     images: datasets.Dataset | datasets.IterableDataset
     length: int | None
+    label_names: list[str] | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -53,7 +55,13 @@ class ImageSource:
 
 
 def open_source(
-    dataset: str, split: str = "train", image_column: str | None = None, streaming: bool = False
+    dataset: str,
+    split: str = "train",
+    image_column: str | None = None,
+    streaming: bool = False,
+    labelled: bool = False,
+    label_column: str | None = None,
+    num_labels: int | None = None,
 ) -> ImageSource:
     """Find the images that a recipe names.
 
@@ -64,18 +72,26 @@ def open_source(
         split: the split to read, where there are several.
         image_column: the column of images, where it is not the only one.
         streaming: read one image after the other, without a copy or an index on this disk.
+        labelled: read the labels, too. Class folders have them; numbers and words in a column will do.
+        label_column: the column of labels, where it is not the only one.
+        num_labels: how many classes there are, for a stream of bare numbers.
 
     Raises:
-        ValueError: nothing of that name, no images in it, or no single column of images.
+        ValueError: nothing of that name, no images in it, no single column of images or of labels.
     """
     try:
         loaded, name = _load(dataset, split, streaming)
     except (ValueError, OSError) as error:  # the errors of `datasets`, a missing file and an unreachable Hub among them
         raise ValueError(f"The images of {dataset!r} (split {split!r}) cannot be opened: {error}") from error
     column = _image_column(loaded.features, dataset, image_column)
-    images = loaded.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    if column != "image":
-        images = images.rename_column(column, "image")
+    names = {column: "image"}
+    label_names = None
+    if labelled:
+        label_column = _label_column(loaded.features, dataset, label_column)
+        loaded, label_names = _with_class_names(loaded, label_column, dataset, num_labels)
+        names[label_column] = "label"
+    images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
+    images = images.rename_columns({old: new for old, new in names.items() if old != new})
     if isinstance(images, datasets.IterableDataset):
         splits = loaded.info.splits or {}
         length = splits[split].num_examples if split in splits else None
@@ -83,7 +99,7 @@ def open_source(
         length = len(images)
     if length == 0 or next(iter(images), None) is None:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
-    return ImageSource(name, images, length or None)
+    return ImageSource(name, images, length or None, label_names)
 
 
 def _load(dataset: str, split: str, streaming: bool) -> tuple[Any, str]:
@@ -170,6 +186,79 @@ def _image_column(features: datasets.Features | None, dataset: str, wanted: str 
     return found[0]
 
 
+def _label_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
+    columns = list(features or [])
+    if wanted is not None:
+        if features is not None and wanted not in columns:
+            raise ValueError(f"{dataset!r} has no column {wanted!r}. {nearest(wanted, columns)}")
+        return wanted
+    found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)]
+    found = found or [name for name in ("label", "labels", "cls") if name in columns]
+    if len(found) != 1:
+        raise ValueError(
+            f"{dataset!r} has {len(found)} columns of labels among its columns ({', '.join(columns)}): say which one "
+            f"to use with --label_column, or put the images of each class in a folder of its name."
+        )
+    return found[0]
+
+
+def _with_class_names(loaded: Any, column: str, dataset: str, num_labels: int | None) -> tuple[Any, list[str]]:
+    """The data set with labels 0, 1, ... in `column`, and their names."""
+    feature = (loaded.features or {}).get(column)
+    if not isinstance(feature, datasets.ClassLabel):
+        if isinstance(loaded, datasets.Dataset):
+            loaded = loaded.class_encode_column(column)  # numbers and words, sorted
+        elif num_labels is not None:
+            return loaded, [str(number) for number in range(num_labels)]
+        else:
+            raise ValueError(
+                f"The stream {dataset!r} does not say what its labels are: give --num_labels where they are numbers "
+                f"from 0, or read it without --streaming."
+            )
+    names = list(loaded.features[column].names)
+    if isinstance(loaded, datasets.Dataset) and min(loaded[column], default=0) < 0:
+        raise ValueError(f"The labels of {dataset!r} are hidden (-1), as in the test split of many benchmarks.")
+    return loaded, names
+
+
+def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Divide labelled images into two, `fraction` of each class in the second, at least one; a function of the seed."""
+    held: list[int] = []
+    for members in _shuffled_classes(source, seed):
+        held += members[: max(1, round(fraction * len(members)))] if members else []
+    kept = sorted(set(range(len(source.images))) - set(held))
+    if not kept:
+        raise ValueError(f"Nothing is left to train on: {source.name} has {len(held)} images, one of each class.")
+    return select(source, kept), select(source, sorted(held))
+
+
+def few_labels(source: ImageSource, per_class: int, seed: int) -> ImageSource:
+    """`per_class` images of each class, a function of the seed; those of a smaller number are among those of a larger.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    chosen: list[int] = []
+    for label, members in enumerate(_shuffled_classes(source, seed)):
+        if len(members) < per_class:
+            name = (source.label_names or [])[label]
+            raise ValueError(f"labels_per_class is {per_class}, but there are {len(members)} images of {name!r}.")
+        chosen += members[:per_class]
+    return select(source, sorted(chosen))
+
+
+def select(source: ImageSource, indices: list[int]) -> ImageSource:
+    """Some of the images."""
+    return replace(source, images=source.images.select(indices), length=len(indices))
+
+
+def _shuffled_classes(source: ImageSource, seed: int) -> list[list[int]]:
+    """The indices of each class in an order that depends on the seed alone."""
+    labels = torch.tensor(source.images["label"][:])
+    order = image_order(len(labels), seed, epoch=0)
+    return [order[labels[order] == label].tolist() for label in range(len(source.label_names or []))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One image
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,84 +302,17 @@ def _high_byte(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def train_transform(image_shape: tuple[int, int], crop_scale: list[float], horizontal_flip: bool) -> v2.Transform:
-    """The paper's augmentation (Table 8): a random part of the image at a random aspect ratio, mirrored or not.
-
-    Args:
-        image_shape: (height, width) of the result.
-        crop_scale: smallest and largest share of the image's area.
-        horizontal_flip: mirror half of the images.
-
-    Returns:
-        (C, H, W) uint8 -> (C, height, width) uint8.
-    """
-    crop = v2.RandomResizedCrop(image_shape, tuple(crop_scale), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if horizontal_flip else crop
-
-
-def resize_shape(image_shape: tuple[int, int], center_crop: float) -> tuple[int, int]:
-    """(height, width) that an image is resized to before its centre is cropped: 224 at 0.875 comes out of 256."""
-    height, width = image_shape
-    return round(height / center_crop), round(width / center_crop)
-
-
-def eval_transform(image_shape: tuple[int, int], center_crop: float) -> v2.Transform:
-    """Without anything random: resize, then crop the centre; the same pixels as `image_processor`.
-
-    Args:
-        image_shape: (height, width) of the result.
-        center_crop: the share of the resized image's side that is kept; 224 / 256 = 0.875 in the paper.
-    """
-    height, width = resize_shape(image_shape, center_crop)
-    # A square model keeps the aspect ratio of the image; a rectangular one can't be told which side should overhang.
-    size = [height] if height == width else [height, width]
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(list(image_shape))])
-
-
-def image_processor(
-    image_shape: tuple[int, int], center_crop: float, image_mean: list[float], image_std: list[float]
-) -> ViTImageProcessor:
-    """`eval_transform` and normalisation as the image processor that is saved with the model."""
-    height, width = resize_shape(image_shape, center_crop)
-    return ViTImageProcessor(
-        size={"shortest_edge": height} if height == width else {"height": height, "width": width},
-        do_center_crop=True,
-        crop_size={"height": image_shape[0], "width": image_shape[1]},
-        resample=Image.Resampling.BICUBIC,
-        image_mean=image_mean,
-        image_std=image_std,
-        do_convert_rgb=None if len(image_mean) != 3 else True,
-    )
-
-
-class Normalize:
-    """Pixels as the model wants them, on its device: (B, C, H, W) uint8 -> float32, (value / 255 - mean) / std.
-
-    On the device because a batch of bytes is a quarter of the traffic of a batch of floats.
-    """
-
-    def __init__(self, image_mean: list[float], image_std: list[float], device: torch.device) -> None:
-        self.scale = torch.tensor([1 / (255 * std) for std in image_std], device=device).view(-1, 1, 1)
-        self.shift = torch.tensor(
-            [-mean / std for mean, std in zip(image_mean, image_std, strict=True)], device=device
-        ).view(-1, 1, 1)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.scale.device, non_blocking=True) * self.scale + self.shift
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Order, samples, batches
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class SampleKey(NamedTuple):
-    """Which image, in which epoch. A stream adds the encoded image itself, for it cannot be asked for by index."""
+    """Which image, in which epoch. A stream adds the image itself, still encoded: it cannot be asked for by index."""
 
     epoch: int
     image_index: int
-    record: dict[str, Any] | None = None
+    row: dict[str, Any] | None = None
 
 
 def seed_of(*numbers: int) -> int:
@@ -327,7 +349,7 @@ def sample_keys(source: ImageSource, seed: int, position: int, shuffle_buffer: i
             for index, row in enumerate(shuffled):
                 length += 1
                 if index >= offset:
-                    yield SampleKey(epoch, index, row["image"])
+                    yield SampleKey(epoch, index, row)
             if offset >= length:  # the first pass ended before `position`, and told how long a pass is
                 epoch, offset = divmod(offset, length)
             else:
@@ -403,50 +425,84 @@ def make_schedule(
 def sample_randomness(seed: int, key: SampleKey) -> Iterator[None]:
     """Inside, torch's random numbers are those of this sample; outside, nothing has happened."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, key.epoch, key.image_index))
+        torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index))
         yield
 
 
-class PretrainingImages(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Images for pre-training, by `SampleKey`: pixel_values (C, H, W) uint8 and the mask noise (N,) float32.
+class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Images by `SampleKey`, each with its own randomness: pixel_values (C, H, W).
 
     Args:
         source: where the images are.
-        transform: (C, H', W') uint8 -> (C, H, W) uint8.
+        transform: (C, H', W') uint8 -> (C, H, W).
         num_channels: C.
-        num_patches: N.
         seed: of everything random about a sample.
 
     Raises:
         ValueError: image files have no such number of channels.
     """
 
-    def __init__(
-        self, source: ImageSource, transform: v2.Transform, num_channels: int, num_patches: int, seed: int
-    ) -> None:
+    def __init__(self, source: ImageSource, transform: v2.Transform, num_channels: int, seed: int) -> None:
         if num_channels not in PIL_MODES:
             raise ValueError(
                 f"Image files become 1, 3 or 4 channels, but num_channels is {num_channels}. The model takes any "
                 f"number of channels from your own data loader."
             )
-        self.source, self.transform, self.seed = source, transform, seed
-        self.num_channels, self.num_patches = num_channels, num_patches
+        self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        record = key.record if key.record is not None else self.source.images[key.image_index]["image"]
-        image = decode_image(record, self.num_channels)
+        row = key.row if key.row is not None else self.source.images[key.image_index]
+        image = decode_image(row["image"], self.num_channels)
         with sample_randomness(self.seed, key):
-            noise = torch.rand(self.num_patches)
-            return {"pixel_values": self.transform(image), "noise": noise}
+            return self.sample(key, row, image)
+
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+        """What the model gets of a decoded image; what is random here belongs to the sample."""
+        return {"pixel_values": self.transform(image)}
 
     def first(self, count: int) -> list[dict[str, Tensor]]:
-        """The first `count` images of the source, or as many as there are, always with the same noise."""
+        """The first `count` images of the source, or as many as there are, always with the same randomness."""
         rows = islice(self.source.images, count)
-        return [self[SampleKey(0, index, row["image"])] for index, row in enumerate(rows)]
+        return [self[SampleKey(0, index, row)] for index, row in enumerate(rows)]
+
+
+class PretrainingImages(Samples):
+    """Images for pre-training: pixel_values (C, H, W) and the mask noise (N,) float32; `num_patches` is N."""
+
+    def __init__(
+        self, source: ImageSource, transform: v2.Transform, num_channels: int, num_patches: int, seed: int
+    ) -> None:
+        super().__init__(source, transform, num_channels, seed)
+        self.num_patches = num_patches
+
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+        noise = torch.rand(self.num_patches)
+        return {"pixel_values": self.transform(image), "noise": noise}
+
+
+PADDING = -1  # the epoch, and the label, of a sample that only fills up a batch
+
+
+class LabelledImages(Samples):
+    """Images with labels: pixel_values (C, H, W), label () int64, and with `mixing` what it draws for each sample."""
+
+    def __init__(
+        self, source: ImageSource, transform: v2.Transform, num_channels: int, seed: int, mixing: Mixing | None = None
+    ) -> None:
+        super().__init__(source, transform, num_channels, seed)
+        self.mixing = mixing
+
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+        label = PADDING if key.epoch == PADDING else row["label"]
+        sample = {"pixel_values": self.transform(image), "label": torch.tensor(label)}
+        if self.mixing is not None:
+            height, width = sample["pixel_values"].shape[1:]
+            sample["mix"] = self.mixing.draw(height, width)
+        return sample
 
 
 def batches(
-    images: PretrainingImages,
+    images: Samples,
     schedule: Schedule,
     first_step: int,
     process_index: int,
@@ -480,4 +536,29 @@ def batches(
 
     return torch.utils.data.DataLoader(
         images, batch_sampler=OwnKeys(), num_workers=num_workers, pin_memory=torch.cuda.is_available()
+    )
+
+
+def evaluation_batches(
+    images: Samples, batch_size: int, process_index: int, num_processes: int, num_workers: int
+) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+    """Every image of the source once, dealt out over the processes.
+
+    Every process gets the same number of full batches, because they may have to compute in step. What fills up the last
+    ones has the label `PADDING` and is to be left out of any count.
+    """
+
+    class InOrder(torch.utils.data.Sampler[list[SampleKey]]):
+        def __iter__(self) -> Iterator[list[SampleKey]]:
+            if images.source.is_stream:
+                keys = (SampleKey(0, index, row) for index, row in enumerate(images.source.images))
+            else:
+                keys = (SampleKey(0, index) for index in range(len(images.source.images)))
+            while round_of_all := list(islice(keys, batch_size * num_processes)):
+                filler = round_of_all[0]._replace(epoch=PADDING)
+                round_of_all += [filler] * (batch_size * num_processes - len(round_of_all))
+                yield round_of_all[process_index * batch_size :][:batch_size]
+
+    return torch.utils.data.DataLoader(
+        images, batch_sampler=InOrder(), num_workers=num_workers, pin_memory=torch.cuda.is_available()
     )

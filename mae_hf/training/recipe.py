@@ -14,7 +14,7 @@ from ..configuration_mae import SIZES, MAEConfig, nearest
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
-RecipeType = TypeVar("RecipeType")
+RecipeType = TypeVar("RecipeType", bound="Recipe")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -25,8 +25,8 @@ def setting(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainRecipe:
-    """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
+class Recipe:
+    """What every training has: images, an encoder, a schedule, a run folder. The defaults that differ are below."""
 
     # --- the images
     dataset: str = setting(
@@ -34,14 +34,14 @@ class PretrainRecipe:
         "a folder of images; parquet, arrow or webdataset tar files; the name of a Hub data set; or 'digits', the "
         "images inside scikit-learn",
     )
-    split: str = setting("train", "split of the data set")
+    split: str = setting("train", "split of the data set to train on")
     image_column: str | None = setting(None, "column that holds the image; found by itself if there is just one")
     streaming: bool = setting(False, "read the data set as a stream, without a copy on this disk")
     shuffle_buffer: int = setting(1000, "out of how many images a stream draws the next one")
     images_per_epoch: int | None = setting(None, "what counts as an epoch; else the images that there are")
 
-    # --- the model
-    model_name_or_path: str | None = setting(None, "continue from this checkpoint, which then decides the architecture")
+    # --- the encoder
+    model_name_or_path: str | None = setting(None, "start from this checkpoint, which then decides the architecture")
     size: str | None = setting(
         None, f"named encoder: {', '.join(SIZES)}; base if neither this nor a checkpoint is given"
     )
@@ -53,16 +53,8 @@ class PretrainRecipe:
     hidden_size: int | None = setting(None, "width of the encoder, else the size's")
     num_hidden_layers: int | None = setting(None, "depth of the encoder, else the size's")
     num_attention_heads: int | None = setting(None, "heads of the encoder, else the size's")
-    decoder_hidden_size: int | None = setting(None, "width of the decoder, 512 in the paper")
-    decoder_num_hidden_layers: int | None = setting(None, "depth of the decoder, 8 in the paper")
-    decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, 16 in the paper")
-    mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)")
-    norm_pix_loss: bool = setting(True, "predict pixels normalised per patch (Table 1d)")
-    mask_tokens_in_encoder: bool = setting(
-        False, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
-    )
 
-    # --- the augmentation
+    # --- how images are looked at
     crop_scale: list[float] = setting([0.2, 1.0], "random resized crop: smallest and largest share of the image's area")
     horizontal_flip: bool = setting(True, "mirror half of the images; wrong for text and digits")
     center_crop: float = setting(
@@ -79,11 +71,8 @@ class PretrainRecipe:
         1.5e-4, "learning rate for 256 images; the effective one is base_lr * total_batch_size / 256"
     )
     min_lr: float = setting(0.0, "learning rate at the end")
-    weight_decay: float = setting(0.05, "of matrices and tokens; biases and norms have none")
-    adam_beta1: float = setting(0.9, "AdamW's beta 1")
-    adam_beta2: float = setting(0.95, "AdamW's beta 2")
-    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
-    seed: int = setting(0, "of the initialisation and of every image's crop, flip and mask")
+    weight_decay: float = setting(0.05, "of matrices; biases and norms have none")
+    seed: int = setting(0, "of the initialisation, and of everything that is random about an image")
 
     # --- how it runs; none of these changes the result beyond rounding
     per_device_batch_size: int = setting(64, "images that one process handles at once; accumulation follows from it")
@@ -91,8 +80,6 @@ class PretrainRecipe:
     mixed_precision: str | None = setting(
         None, "no, bf16 or fp16; if not given: bf16 on a GPU that has it, else what accelerate was configured with"
     )
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    compile: bool = setting(False, "torch.compile the model")
     attn_implementation: str | None = setting(
         None, "eager, sdpa, flash_attention_2, flex_attention; else the best there is"
     )
@@ -101,18 +88,14 @@ class PretrainRecipe:
     )
     save_every: int = setting(1000, "optimizer steps between two checkpoints; there is always one at the end")
     keep_checkpoints: int = setting(2, "how many checkpoints stay on disk")
-    picture_every: int = setting(
-        1000, "optimizer steps between two pictures of reconstructions; 0 for only one at the end"
-    )
     report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")
-    output_dir: str = setting("runs/pretrain", "the run folder")
+    output_dir: str = setting("runs/run", "the run folder")
 
     # --- where the model goes; the token is that of `hf auth login` or HF_TOKEN
     push_to_hub: bool = setting(False, "push model, processor, card, recipe, metrics and picture to the Hub at the end")
     hub_model_id: str | None = setting(None, "name on the Hub, user/name")
     hub_private_repo: bool = setting(False, "make the repository private; else the account's default")
     hub_revision: str | None = setting(None, "branch to push to; else main")
-    hub_push_every_checkpoint: bool = setting(False, "also push at every checkpoint, while training goes on")
     license: str = setting(
         "unknown", "licence of the weights, for the card; the images, or the checkpoint continued from, may decide it"
     )
@@ -142,8 +125,6 @@ class PretrainRecipe:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
-        if self.hub_push_every_checkpoint and not self.push_to_hub:
-            raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 
     @property
     def effective_lr(self) -> float:
@@ -158,18 +139,212 @@ class PretrainRecipe:
                 chosen[name] = chosen[name][0]
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def config(self) -> MAEConfig:
-        """The configuration of a model that starts from scratch."""
-        return MAEConfig.from_size(self.size or "base", **self.architecture())
+    def config(self, **more: Any) -> MAEConfig:
+        """The configuration of a model that starts from scratch, with fields that no recipe knows on top."""
+        return MAEConfig.from_size(self.size or "base", **self.architecture(), **more)
 
-    def resolved(self, config: MAEConfig, mixed_precision: str) -> "PretrainRecipe":
+    def checkpoint_config(self, may_differ: Sequence[str], **more: Any) -> MAEConfig:
+        """The configuration of the recipe's checkpoint with what the recipe may change of it.
+
+        Args:
+            may_differ: fields that are the recipe's to set.
+            **more: fields that no recipe knows, the names of the labels for instance.
+
+        Raises:
+            ValueError: the recipe sets another field, and to something else than the checkpoint has.
+        """
+        if self.model_name_or_path is None:
+            raise ValueError("There is no checkpoint to start from: give --model_name_or_path.")
+        config = MAEConfig.from_pretrained(self.model_name_or_path)
+        for name, value in self.architecture().items():
+            if name not in may_differ and value != getattr(config, name):
+                raise ValueError(
+                    f"{name} is {value} in the recipe and {getattr(config, name)} in the checkpoint "
+                    f"{self.model_name_or_path}, which decides the architecture: leave {name} out."
+                )
+        return MAEConfig.from_pretrained(self.model_name_or_path, **self.architecture(), **more)
+
+    def resolved(self: RecipeType, config: MAEConfig, mixed_precision: str) -> RecipeType:
         """This recipe with what was left to the model and to the machine filled in."""
         built = {name: getattr(config, name) for name in self._config_fields()}
         built |= {"image_size": list(config.image_shape), "patch_size": list(config.patch_shape)}
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != config.num_channels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values, but the model has {config.num_channels} channels: "
+                    f"give one value a channel."
+                )
         return replace(self, **built, mixed_precision=mixed_precision)
 
     def _config_fields(self) -> list[str]:
         return [f.name for f in fields(self) if f.name in MAEConfig.__annotations__]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(Recipe):
+    """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
+
+    decoder_hidden_size: int | None = setting(None, "width of the decoder, 512 in the paper")
+    decoder_num_hidden_layers: int | None = setting(None, "depth of the decoder, 8 in the paper")
+    decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, 16 in the paper")
+    mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)")
+    norm_pix_loss: bool = setting(True, "predict pixels normalised per patch (Table 1d)")
+    mask_tokens_in_encoder: bool = setting(
+        False, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
+    )
+
+    adam_beta1: float = setting(0.9, "AdamW's beta 1")
+    adam_beta2: float = setting(0.95, "AdamW's beta 2")
+    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
+
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile the model")
+    picture_every: int = setting(
+        1000, "optimizer steps between two pictures of reconstructions; 0 for only one at the end"
+    )
+    output_dir: str = setting("runs/pretrain", "the run folder")
+    hub_push_every_checkpoint: bool = setting(False, "also push at every checkpoint, while training goes on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_push_every_checkpoint and not self.push_to_hub:
+            raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRecipe(Recipe):
+    """What fine-tuning and probing share: labels, and the images that judge."""
+
+    label_column: str | None = setting(None, "column that holds the label; found by itself if there is just one")
+    num_labels: int | None = setting(None, "number of classes, where labels are bare numbers in a stream")
+    labels_per_class: int | None = setting(None, "train on this many images of each class, drawn by the seed")
+    eval_dataset: str | None = setting(None, "where the images are that judge; else the same data set")
+    eval_split: str | None = setting(None, "split of the images that judge, 'validation' for instance")
+    eval_fraction: float | None = setting(
+        None, "no such split: take this share of each class out of the training images, drawn by the seed"
+    )
+    pooling: str = setting("mean", "what stands for the image: mean of the patch tokens, or cls, the class token")
+    image_mean: list[float] | None = setting(  # type: ignore[assignment]
+        None, "mean of each channel, for values in [0, 1]; else that of the checkpoint's processor, or ImageNet's"
+    )
+    image_std: list[float] | None = setting(  # type: ignore[assignment]
+        None, "standard deviation of each channel, for values in [0, 1]; else as for image_mean"
+    )
+    warmup_epochs: float = setting(5.0, "epochs in which the learning rate grows from 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise ValueError(f"labels_per_class must be at least 1, but is {self.labels_per_class}.")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be a share between 0 and 1, but is {self.eval_fraction}.")
+        if (self.eval_split is None) == (self.eval_fraction is None):
+            raise ValueError(
+                "Say which images judge the model: either --eval_split NAME, or --eval_fraction SHARE to take them out "
+                "of the training images."
+            )
+        if self.eval_dataset is not None and self.eval_fraction is not None:
+            raise ValueError("eval_fraction takes images out of the training images: leave eval_dataset out.")
+        if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
+            raise ValueError(
+                "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
+                "an eval_split."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(LabelledRecipe):
+    """Fine-tuning end to end (Table 9, with the original repository's values for ViT-B/16 on ImageNet-1k)."""
+
+    crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
+    rand_augment: float = setting(9.0, "magnitude of RandAugment out of 10; 0 leaves it out")
+    rand_augment_std: float = setting(0.5, "standard deviation of that magnitude")
+    random_erasing: float = setting(0.25, "probability that a rectangle is replaced by noise")
+    mixup: float = setting(0.8, "alpha of mixup, 0 for none")
+    cutmix: float = setting(1.0, "alpha of cutmix, 0 for none")
+    mixup_switch: float = setting(0.5, "probability of cutmix where both are on")
+    label_smoothing: float = setting(0.1, "share of the target that is spread over all classes")
+
+    total_batch_size: int = setting(1024, "images in one optimizer step, over all processes and accumulation")
+    epochs: int = setting(100, "passes over the images")
+    base_lr: float = setting(5e-4, "learning rate for 256 images; the paper's Table 9 has 1e-3")
+    min_lr: float = setting(1e-6, "learning rate at the end, before layer-wise decay")
+    adam_beta1: float = setting(0.9, "AdamW's beta 1")
+    adam_beta2: float = setting(0.999, "AdamW's beta 2")
+    layer_decay: float = setting(0.65, "each layer's learning rate as a share of the layer's above; Table 9 has 0.75")
+    drop_path_rate: float = setting(0.1, "stochastic depth of the last block, growing from 0 at the first")
+    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
+    freeze: float | None = setting(
+        None, "keep the embeddings and this many blocks, from the bottom, as they are; 23.5 of 24 trains the last MLP"
+    )
+    ema_decay: float | None = setting(
+        None, "evaluate and save a moving average of the weights with this decay, 0.9999 in Table 11"
+    )
+
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile the model")
+    eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end")
+    eval_only: bool = setting(False, "judge model_name_or_path on the images that judge, and stop")
+    output_dir: str = setting("runs/finetune", "the run folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mixup", "cutmix", "rand_augment_std"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be at least 0, but is {value}.")
+        for name in ("random_erasing", "mixup_switch"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be a probability, but is {value}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}.")
+        if not 0 <= self.rand_augment <= 10:
+            raise ValueError(f"rand_augment must lie between 0 and 10, but is {self.rand_augment}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, but is {self.layer_decay}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, but is {self.ema_decay}.")
+        if self.eval_every <= 0:
+            raise ValueError(f"eval_every must be above 0, but is {self.eval_every}.")
+        if self.eval_only and self.model_name_or_path is None:
+            raise ValueError("eval_only needs a model to judge: --model_name_or_path.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecipe(LabelledRecipe):
+    """Probing a frozen encoder (Table 10: ViT-B/16 on ImageNet-1k, LARS, 90 epochs, batch 16384)."""
+
+    probe: str = setting("linear", "linear, on the pooled features; or attentive, on the tokens by cross-attention")
+    augment: bool = setting(
+        True, "look at random crops, as in the paper; without, each feature is computed just once and used every epoch"
+    )
+    crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
+    pooling: str = setting("cls", "what a linear probe sees: cls, the class token, or mean of the patch tokens")
+    attention_heads: int = setting(8, "heads of the attentive probe")
+    knn_k: list[int] = setting([10, 20, 100, 200], "neighbours that vote")
+    knn_temperature: float = setting(0.07, "of the votes, as in DINO")
+
+    total_batch_size: int = setting(16384, "images in one optimizer step, over all processes and accumulation")
+    epochs: int = setting(90, "passes over the images")
+    warmup_epochs: float = setting(10.0, "epochs in which the learning rate grows from 0")
+    base_lr: float = setting(0.1, "learning rate for 256 images")
+    base_lrs: list[float] | None = setting(
+        None, "several in place of base_lr, each with a head of its own, in one pass; selection_fraction chooses"
+    )
+    selection_fraction: float = setting(
+        0.1, "share of each class taken out of the training images to choose among base_lrs; the judging images don't"
+    )
+    weight_decay: float = setting(0.0, "of the probe's matrix")
+    momentum: float = setting(0.9, "of LARS")
+    output_dir: str = setting("runs/probe", "the run folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe not in ("linear", "attentive"):
+            raise ValueError(f"probe must be 'linear' or 'attentive', but is {self.probe!r}.")
+        if self.model_name_or_path is None:
+            raise ValueError("A probe needs an encoder to look at: --model_name_or_path.")
+        if not 0 < self.selection_fraction < 1:
+            raise ValueError(f"selection_fraction must lie between 0 and 1, but is {self.selection_fraction}.")
 
 
 # What a run may be continued with although the recipe in its folder says otherwise.
@@ -215,7 +390,7 @@ def parse_recipe(
     Raises:
         ValueError: an unknown key, named with the nearest known one, or a value of the wrong type.
     """
-    known = [f.name for f in fields(recipe_class)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(recipe_class)]
     parser = _Parser(recipe_class, allow_abbrev=False, description=recipe_class.__doc__)  # type: ignore[arg-type]
     parser.add_argument("--recipe", help="a YAML file of settings, or the name of one in the folder of recipes")
     words = sys.argv[1:] if arguments is None else list(arguments)

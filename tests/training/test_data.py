@@ -13,19 +13,21 @@ from hub import Hub
 from huggingface_hub import HfApi
 from PIL import Image
 
+from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
 from mae_hf.training.data import (
-    Normalize,
+    PADDING,
+    LabelledImages,
     PretrainingImages,
     SampleKey,
     batches,
     decode_image,
-    eval_transform,
+    evaluation_batches,
+    few_labels,
+    hold_out,
     image_order,
-    image_processor,
     make_schedule,
     open_source,
     sample_keys,
-    train_transform,
 )
 
 
@@ -269,8 +271,8 @@ def test_sample_keys__from_a_position_is_the_rest_of_the_whole(streaming: bool, 
         assert [key.epoch for key in whole[6 * epoch : 6 * epoch + 6]] == [epoch] * 6
         assert sorted(key.image_index for key in whole[6 * epoch : 6 * epoch + 6]) == list(range(6))
     if streaming:
-        assert sorted(which(key.record) for key in whole[:6]) == list(range(6))
-        assert len({tuple(which(key.record) for key in whole[6 * e : 6 * e + 6]) for e in range(4)}) > 1
+        assert sorted(which(key.row["image"]) for key in whole[:6]) == list(range(6))
+        assert len({tuple(which(key.row["image"]) for key in whole[6 * e : 6 * e + 6]) for e in range(4)}) > 1
     rest = list(islice(sample_keys(source, seed=3, position=position, shuffle_buffer=4), 24 - position))
     assert rest == whole[position:]
 
@@ -368,3 +370,67 @@ def test_open_source__by_name_from_the_hub(streaming: bool, hub: Hub, tmp_path: 
     assert len(list(open_source("user/pictures", streaming=streaming).images)) == 6
     with pytest.raises(ValueError, match="validation"):
         open_source("user/pictures", "validation", streaming=streaming)
+
+
+def labelled_folder(tmp_path: Path) -> Path:
+    """Classes "cat" (10 images), "dog" (5) and "eel" (2); the grey value tells the image."""
+    number = 0
+    for name, count in (("cat", 10), ("dog", 5), ("eel", 2)):
+        (tmp_path / name).mkdir()
+        for _ in range(count):
+            Image.new("L", (6, 6), number).save(tmp_path / name / f"{number:02d}.png")
+            number += 1
+    return tmp_path
+
+
+def test_open_source__labels_of_class_folders_words_and_numbers(tmp_path: Path) -> None:
+    source = open_source(str(labelled_folder(tmp_path)), labelled=True)
+    assert source.label_names == ["cat", "dog", "eel"]
+    assert source.images["label"][:] == [0] * 10 + [1] * 5 + [2] * 2
+    rows = [{"image": row["image"], "kind": ["cat", "dog", "eel"][row["label"]]} for row in source.images]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "words.parquet")
+    with pytest.raises(ValueError, match="0 columns of labels among its columns .*--label_column"):
+        open_source(str(tmp_path / "words.parquet"), labelled=True)
+    words = open_source(str(tmp_path / "words.parquet"), labelled=True, label_column="kind")
+    assert (words.label_names, words.images["label"][:]) == (source.label_names, source.images["label"][:])
+    with pytest.raises(ValueError, match="does not say what its labels are: give --num_labels"):
+        open_source(str(tmp_path / "words.parquet"), labelled=True, label_column="kind", streaming=True)
+
+
+def test_hold_out__stratified_disjoint_and_the_same_again(tmp_path: Path) -> None:
+    source = open_source(str(labelled_folder(tmp_path)), labelled=True)
+    train, held = hold_out(source, 0.2, seed=3)
+    assert [held.images["label"][:].count(label) for label in range(3)] == [2, 1, 1]
+    paths = [{row["image"]["path"] for row in part.images} for part in (train, held)]
+    assert not paths[0] & paths[1]
+    assert len(paths[0] | paths[1]) == 17
+    assert hold_out(source, 0.2, seed=3)[1].images["image"][:] == held.images["image"][:]
+    assert hold_out(source, 0.2, seed=4)[1].images["image"][:] != held.images["image"][:]
+
+
+def test_few_labels__as_many_of_each_class_and_nested(tmp_path: Path) -> None:
+    source = open_source(str(labelled_folder(tmp_path)), labelled=True)
+    one, two = few_labels(source, 1, seed=0), few_labels(source, 2, seed=0)
+    assert two.images["label"][:] == [0, 0, 1, 1, 2, 2]
+    assert {r["image"]["path"] for r in one.images} < {r["image"]["path"] for r in two.images}
+    with pytest.raises(ValueError, match="labels_per_class is 3, but there are 2 images of 'eel'"):
+        few_labels(source, 3, seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 4), (2, 4), (3, 5), (4, 30)])
+def test_evaluation_batches__each_image_once(
+    num_processes: int, batch_size: int, streaming: bool, tmp_path: Path
+) -> None:
+    source = open_source(str(labelled_folder(tmp_path)), labelled=True, streaming=streaming)
+    images = LabelledImages(source, eval_transform((6, 6), 1.0), 1, seed=0)
+    seen, counts = [], set()
+    for process_index in range(num_processes):
+        loaded = list(evaluation_batches(images, batch_size, process_index, num_processes, num_workers=0))
+        counts.add(tuple(len(batch["label"]) for batch in loaded))
+        for batch in loaded:
+            real = batch["label"] != PADDING
+            seen += zip(batch["pixel_values"][real, 0, 0, 0].tolist(), batch["label"][real].tolist(), strict=True)
+    assert len(counts) == 1  # every process has the same batches to compute
+    assert sorted(seen) == [(i, 0 if i < 10 else 1 if i < 15 else 2) for i in range(17)]
