@@ -21,19 +21,14 @@ from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
-from mae_hf.training.data import (
-    ImageSource,
-    PretrainingImages,
-    batches,
-    make_schedule,
-    open_source,
-)
+from mae_hf.training.data import PretrainingImages, batches, make_schedule
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import DataClock, Progress, RunFolder
+from mae_hf.training.sources import ImageSource, open_source
 
 EXAMPLES = Path(__file__).resolve().parent
 CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_pretrain.md"

@@ -685,6 +685,14 @@ class MAEForImageClassification(MAEPreTrainedModel):
         self.post_init()
         self._freeze_position_tables()
 
+    def layer_of(self, parameter_name: str) -> int:
+        """Which layer a parameter belongs to: 0 the embeddings, 1 to depth the blocks, depth + 1 what follows them."""
+        if parameter_name.startswith("vit.embeddings."):
+            return 0
+        if parameter_name.startswith("vit.layers."):
+            return 1 + int(parameter_name.split(".")[2])
+        return 1 + self.config.num_hidden_layers
+
     @can_return_tuple
     def forward(
         self,

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ..modeling_mae import MAEForImageClassification
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: matrices and tokens are decayed, biases and norms are not.
@@ -20,6 +22,53 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     plain = [parameter for parameter in trainable if parameter.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def layerwise_groups(model: MAEForImageClassification, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters by layer, each layer slower than the one above it (Appendix A.1, "layer-wise lr decay").
+
+    The head has the learning rate of the schedule, the layer below `layer_decay` of it, and so on: in ViT-B the
+    embeddings, 13 layers down, have `layer_decay` ** 13. Each group has that number as "lr_scale", to be multiplied
+    with `lr_at`. Biases, norms, class token and position table are not decayed.
+
+    Args:
+        model: says which layer a parameter belongs to; frozen parameters are left out.
+        weight_decay: of matrices.
+        layer_decay: 1 for the same learning rate everywhere.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    top = model.config.num_hidden_layers + 1
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = model.layer_of(name)
+        is_decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        group = groups.setdefault((layer, is_decayed), {"params": []})
+        group["params"].append(parameter)
+        group["lr_scale"] = layer_decay ** (top - layer)
+        group["weight_decay"] = weight_decay if is_decayed else 0.0
+    return list(groups.values())
+
+
+def freeze(model: MAEForImageClassification, blocks: float) -> None:
+    """Keep the embeddings and the first `blocks` blocks as they are, for partial fine-tuning (Fig. 9).
+
+    Args:
+        model: whose parameters then need no gradient.
+        blocks: how many, in steps of a half. The second half of a block, its MLP with the norm before it, is trained
+            where only the first is frozen: 23.5 of ViT-L's 24 is the figure's "half a block", 24 leaves the head.
+
+    Raises:
+        ValueError: there are not so many blocks, or it is no multiple of a half.
+    """
+    depth = model.config.num_hidden_layers
+    if not 0 <= blocks <= depth or blocks % 0.5:
+        raise ValueError(f"freeze must be between 0 and the {depth} blocks of the model in halves, but is {blocks}.")
+    for name, parameter in model.named_parameters():
+        layer = model.layer_of(name)
+        in_second_half = ".layernorm_after." in name or ".mlp." in name
+        if layer <= blocks or (layer == blocks + 0.5 and not in_second_half):
+            parameter.requires_grad_(False)
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float, min_lr: float = 0.0) -> float:

@@ -22,13 +22,10 @@ from mae_hf.training.data import (
     batches,
     decode_image,
     evaluation_batches,
-    few_labels,
-    hold_out,
-    image_order,
     make_schedule,
-    open_source,
     sample_keys,
 )
+from mae_hf.training.sources import few_labels, hold_out, image_order, open_source
 
 
 def pixels(index: int, channels: int = 3) -> np.ndarray:
@@ -390,7 +387,7 @@ def test_open_source__labels_of_class_folders_words_and_numbers(tmp_path: Path) 
     rows = [{"image": row["image"], "kind": ["cat", "dog", "eel"][row["label"]]} for row in source.images]
     features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "words.parquet")
-    with pytest.raises(ValueError, match="0 columns of labels among its columns .*--label_column"):
+    with pytest.raises(ValueError, match=r"0 columns of labels among its columns .*--label_column"):
         open_source(str(tmp_path / "words.parquet"), labelled=True)
     words = open_source(str(tmp_path / "words.parquet"), labelled=True, label_column="kind")
     assert (words.label_names, words.images["label"][:]) == (source.label_names, source.images["label"][:])

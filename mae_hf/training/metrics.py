@@ -1,0 +1,104 @@
+"""How good a classifier is: every image of a source counted once, over all processes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .augment import Normalize
+from .data import PADDING
+
+
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """What is known of a classifier after it has seen M images of K classes.
+
+    loss: mean cross-entropy.
+    top1, top5: share of the images whose class is the first, among the first five (or K, if there are fewer).
+    balanced_accuracy: mean of `per_class` over the classes that occur.
+    per_class: share of each class that is recognised; nan for a class without images.
+    confusion: (K, K) int64, images of a class in its row, what they were taken for in the columns.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    balanced_accuracy: float
+    per_class: list[float]
+    confusion: Tensor
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return int(self.confusion.sum())
+
+    def summary(self) -> dict[str, float]:
+        """The numbers that are followed during a training."""
+        return {name: getattr(self, name) for name in ("loss", "top1", "top5", "balanced_accuracy")}
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetrics:
+    """Metrics of (M, K) logits and (M,) int64 labels.
+
+    Raises:
+        ValueError: there is nothing to judge by.
+    """
+    if len(labels) == 0:
+        raise ValueError("There is no image to judge the classifier by.")
+    num_labels = logits.shape[1]
+    ranked = logits.topk(min(5, num_labels)).indices  # (M, 5), the best first
+    hits = ranked == labels.unsqueeze(1)
+    confusion = torch.bincount(labels * num_labels + ranked[:, 0], minlength=num_labels**2).view(num_labels, num_labels)
+    per_class = confusion.diagonal().double() / confusion.sum(dim=1)
+    return ClassificationMetrics(
+        loss=F.cross_entropy(logits.double(), labels).item(),
+        top1=hits[:, 0].double().mean().item(),
+        top5=hits.any(dim=1).double().mean().item(),
+        balanced_accuracy=per_class.nanmean().item(),
+        per_class=per_class.tolist(),
+        confusion=confusion,
+    )
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], normalize: Normalize, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`, the same on every process.
+
+    The images come in rounds over the processes; what only fills up a batch is left out.
+    """
+    was_training = model.training
+    model.eval()
+    all_logits, all_labels = [], []
+    for batch in batches:
+        with accelerator.autocast():
+            logits = model(normalize(batch["pixel_values"])).logits.float()
+        logits, labels = accelerator.gather((logits, batch["label"].to(logits.device)))
+        real = labels != PADDING
+        all_logits.append(logits[real].cpu())
+        all_labels.append(labels[real].cpu())
+    model.train(was_training)
+    return torch.cat(all_logits), torch.cat(all_labels)
+
+
+def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str], path: Path | str) -> None:
+    """Write the confusion matrix as a picture, each row as shares of its class; needs matplotlib and scikit-learn."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    shares = metrics.confusion / metrics.confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    is_readable = len(label_names) <= 20
+    side = min(3 + 0.5 * len(label_names), 14)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    display = ConfusionMatrixDisplay(shares.numpy(), display_labels=label_names if len(label_names) <= 50 else None)
+    display.plot(
+        ax=axes, include_values=is_readable, values_format=".0%", cmap="Blues", xticks_rotation=90, colorbar=False
+    )
+    axes.set_title(f"{metrics.top1:.1%} of {metrics.count:,} images")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,283 @@
+"""From a name to encoded images, with labels if they are wanted; and how labelled images are divided."""
+
+import io
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..configuration_mae import nearest
+from .recipe import LabelledRecipe
+
+# The builders of `datasets` that read local files other than plain images, by the ending of the file.
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Encoded images, to be had by index or as a stream.
+
+    name: what a model card calls it; never a path of this machine.
+    images: a column "image" of {"bytes", "path"}, not decoded; where labels were asked for, a column "label" of ints.
+    length: number of images, or None for a stream that does not know.
+    label_names: what the labels mean, or None where they were not asked for.
+    """
+
+    name: str
+    images: datasets.Dataset | datasets.IterableDataset
+    length: int | None
+    label_names: list[str] | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether images come only one after the other."""
+        return isinstance(self.images, datasets.IterableDataset)
+
+
+def open_source(
+    dataset: str,
+    split: str = "train",
+    image_column: str | None = None,
+    streaming: bool = False,
+    labelled: bool = False,
+    label_column: str | None = None,
+    num_labels: int | None = None,
+) -> ImageSource:
+    """Find the images that a recipe names.
+
+    Args:
+        dataset: a folder of images, flat or with sub-folders, or with one sub-folder a split; a parquet, arrow or
+            webdataset tar file, a pattern of several (`"shards/*.tar"`), or a folder of them; a folder written by
+            `save_to_disk`; `"digits"`, the images inside scikit-learn; else the name of a data set on the Hub.
+        split: the split to read, where there are several.
+        image_column: the column of images, where it is not the only one.
+        streaming: read one image after the other, without a copy or an index on this disk.
+        labelled: read the labels, too. Class folders have them; numbers and words in a column will do.
+        label_column: the column of labels, where it is not the only one.
+        num_labels: how many classes there are, for a stream of bare numbers.
+
+    Raises:
+        ValueError: nothing of that name, no images in it, no single column of images or of labels.
+    """
+    try:
+        loaded, name = _load(dataset, split, streaming)
+    except (ValueError, OSError) as error:  # the errors of `datasets`, a missing file and an unreachable Hub among them
+        raise ValueError(f"The images of {dataset!r} (split {split!r}) cannot be opened: {error}") from error
+    column = _image_column(loaded.features, dataset, image_column)
+    names = {column: "image"}
+    label_names = None
+    if labelled:
+        label_column = _label_column(loaded.features, dataset, label_column)
+        loaded, label_names = _with_class_names(loaded, label_column, dataset, num_labels)
+        names[label_column] = "label"
+    images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
+    images = images.rename_columns({old: new for old, new in names.items() if old != new})
+    if isinstance(images, datasets.IterableDataset):
+        splits = loaded.info.splits or {}
+        length = splits[split].num_examples if split in splits else None
+    else:
+        length = len(images)
+    if length == 0 or next(iter(images), None) is None:
+        raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
+    return ImageSource(name, images, length or None, label_names)
+
+
+def _load(dataset: str, split: str, streaming: bool) -> tuple[Any, str]:
+    """The data set of `datasets`, and what a card may call it."""
+    path = Path(dataset).expanduser()
+    if dataset == "digits" and not path.exists():
+        digits = _digits()
+        return digits.to_iterable_dataset() if streaming else digits, "the handwritten digits of scikit-learn"
+    if "*" in path.name:
+        builder = BUILDERS.get(path.suffix, "imagefolder")
+        files = {split: str(path)}
+        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"a file of images ends in {', '.join(BUILDERS)}, not in {path.suffix!r}.")
+        files = {split: escape(str(path))}
+        builder = BUILDERS[path.suffix]
+        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
+    if path.is_dir():
+        return _load_folder(path, split, streaming), "a local folder of images"
+    if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1:
+        raise ValueError("there is no such file or folder.")
+    return datasets.load_dataset(dataset, split=split, streaming=streaming), dataset
+
+
+def _load_folder(folder: Path, split: str, streaming: bool) -> Any:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # written by save_to_disk
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"there is no split {split!r}. {nearest(split, list(saved))}")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    for suffix, builder in BUILDERS.items():
+        if any(folder.rglob(f"*{suffix}")):
+            return datasets.load_dataset(builder, data_dir=str(folder), split=split, streaming=streaming)
+    # `datasets` would take a class folder that happens to be called "train" for a split. Sub-folders are splits only
+    # if all of them are called like splits.
+    subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    if subfolders and subfolders <= SPLIT_FOLDERS:
+        if split not in subfolders:
+            raise ValueError(f"its sub-folders are the splits {', '.join(sorted(subfolders))}.")
+        folder = folder / split
+    files = {split: f"{escape(str(folder))}/**"}
+    try:
+        return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
+    except (ValueError, FileNotFoundError) as error:  # "corresponds to no data": true, but no help
+        raise ValueError(f"there is no image file in {folder} or below.") from error
+
+
+def _digits() -> datasets.Dataset:
+    """The 1,797 grey 8x8 images that are part of scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the digits are inside scikit-learn: pip install scikit-learn.") from error
+    digits = load_digits()
+    images = [_png((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
+    )
+    columns = {"image": [{"bytes": png, "path": None} for png in images], "label": digits.target.tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
+    columns = list(features or [])
+    if wanted is not None:
+        if features is not None and wanted not in columns:
+            raise ValueError(f"{dataset!r} has no column {wanted!r}. {nearest(wanted, columns)}")
+        return wanted
+    found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{dataset!r} has {len(found)} columns of images among its columns ({', '.join(columns)}): say which one "
+            f"to use with --image_column."
+        )
+    return found[0]
+
+
+def _label_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
+    columns = list(features or [])
+    if wanted is not None:
+        if features is not None and wanted not in columns:
+            raise ValueError(f"{dataset!r} has no column {wanted!r}. {nearest(wanted, columns)}")
+        return wanted
+    found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)]
+    found = found or [name for name in ("label", "labels", "cls") if name in columns]
+    if len(found) != 1:
+        raise ValueError(
+            f"{dataset!r} has {len(found)} columns of labels among its columns ({', '.join(columns)}): say which one "
+            f"to use with --label_column, or put the images of each class in a folder of its name."
+        )
+    return found[0]
+
+
+def _with_class_names(loaded: Any, column: str, dataset: str, num_labels: int | None) -> tuple[Any, list[str]]:
+    """The data set with labels 0, 1, ... in `column`, and their names."""
+    feature = (loaded.features or {}).get(column)
+    if not isinstance(feature, datasets.ClassLabel):
+        if isinstance(loaded, datasets.Dataset):
+            loaded = loaded.class_encode_column(column)  # numbers and words, sorted
+        elif num_labels is not None:
+            return loaded, [str(number) for number in range(num_labels)]
+        else:
+            raise ValueError(
+                f"The stream {dataset!r} does not say what its labels are: give --num_labels where they are numbers "
+                f"from 0, or read it without --streaming."
+            )
+    names = list(loaded.features[column].names)
+    if isinstance(loaded, datasets.Dataset) and min(loaded[column], default=0) < 0:
+        raise ValueError(f"The labels of {dataset!r} are hidden (-1), as in the test split of many benchmarks.")
+    return loaded, names
+
+
+def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Divide labelled images into two, `fraction` of each class in the second, at least one; a function of the seed."""
+    held: list[int] = []
+    for members in _shuffled_classes(source, seed):
+        held += members[: max(1, round(fraction * len(members)))] if members else []
+    kept = sorted(set(range(len(source.images))) - set(held))
+    if not kept:
+        raise ValueError(f"Nothing is left to train on: {source.name} has {len(held)} images, one of each class.")
+    return select(source, kept), select(source, sorted(held))
+
+
+def few_labels(source: ImageSource, per_class: int, seed: int) -> ImageSource:
+    """`per_class` images of each class, a function of the seed; those of a smaller number are among those of a larger.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    chosen: list[int] = []
+    for label, members in enumerate(_shuffled_classes(source, seed)):
+        if len(members) < per_class:
+            name = (source.label_names or [])[label]
+            raise ValueError(f"labels_per_class is {per_class}, but there are {len(members)} images of {name!r}.")
+        chosen += members[:per_class]
+    return select(source, sorted(chosen))
+
+
+def select(source: ImageSource, indices: list[int]) -> ImageSource:
+    """Some of the images."""
+    return replace(source, images=source.images.select(indices), length=len(indices))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several non-negative numbers, unlike that of any neighbour."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def image_order(length: int, seed: int, epoch: int) -> Tensor:
+    """The order of the images in an epoch: (length,) int64, a permutation that depends on (seed, epoch) alone."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+def _shuffled_classes(source: ImageSource, seed: int) -> list[list[int]]:
+    """The indices of each class in an order that depends on the seed alone."""
+    labels = torch.tensor(source.images["label"][:])
+    order = image_order(len(labels), seed, epoch=0)
+    return [order[labels[order] == label].tolist() for label in range(len(source.label_names or []))]
+
+
+def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
+    """The images that a recipe trains on, and those that judge.
+
+    Raises:
+        ValueError: see `open_source`, `hold_out` and `few_labels`; or the two don't have the same classes.
+    """
+
+    def labelled(dataset: str, split: str) -> ImageSource:
+        return open_source(
+            dataset, split, recipe.image_column, recipe.streaming, True, recipe.label_column, recipe.num_labels
+        )
+
+    train = labelled(recipe.dataset, recipe.split)
+    if recipe.eval_fraction is not None:
+        train, judges = hold_out(train, recipe.eval_fraction, recipe.seed)
+    else:
+        judges = labelled(recipe.eval_dataset or recipe.dataset, recipe.eval_split or recipe.split)
+    if judges.label_names != train.label_names:
+        raise ValueError(
+            f"The images that train have the classes {train.label_names}, those that judge {judges.label_names}: both "
+            f"need the same, in the same order."
+        )
+    if recipe.labels_per_class is not None:
+        train = few_labels(train, recipe.labels_per_class, recipe.seed)
+    return train, judges
