@@ -315,11 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Fine-tuned for {total_steps} steps")
-    best = folder.path / "best"
-    say(
-        f"The model is in {folder.path}; the best of its evaluations, {best_top1:.2%}, in {best}. Its metrics and how to"
-    )
-    say(f"use it are in {folder.path / 'README.md'}.")
+    say(f"The model is in {folder.path}, its metrics and how to use it in {folder.path / 'README.md'}.")
+    say(f"The best of its evaluations, {best_top1:.2%}, is in {folder.path / 'best'}.")
 
 
 if __name__ == "__main__":
