@@ -1,15 +1,13 @@
 """What a frozen encoder is worth: its features, k-NN, a linear and an attentive probe, as functions for a notebook.
 
 model = MAEModel.from_pretrained("runs/mine", pooling="cls")
-mean, std = checkpoint_normalisation("runs/mine")
-train, test = (
-    LabelledImages(open_source("path/to/images", split, labelled=True), eval_transform((224, 224), 0.875), 3, seed=0)
-    for split in ("train", "test")
-)
-features, labels = extract_features(model, train, mean, std)
-test_features, test_labels = extract_features(model, test, mean, std)
+encode = frozen_encoder(model, *checkpoint_normalisation("runs/mine"))
+sources = [open_source("path/to/images", split, labelled=True) for split in ("train", "test")]
+train, test = [LabelledImages(source, eval_transform((224, 224), 0.875), 3, seed=0) for source in sources]
+features, labels = extract_features(encode, train)
+test_features, test_labels = extract_features(encode, test)
 probe = linear_probe(features, labels)
-accuracy(probe(test_features), test_labels)
+classification_metrics(probe(test_features), test_labels).top1
 knn_accuracy(features, labels, test_features, test_labels, ks=[20])
 
 B batch  M,L numbers of images  N patches  D width of the encoder  K classes  S probes side by side
@@ -19,77 +17,65 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modeling_mae import MAEModel
 from .augment import Normalize
-from .data import PADDING, LabelledImages, Schedule, evaluation_batches, image_order
+from .data import LabelledImages, Schedule, evaluation_batches
+from .metrics import apply_to_images, classification_metrics
 from .optim import LARS, lr_at
+from .sources import image_order
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def apply_to_images(
-    function: Callable[[Tensor], Tensor], images: LabelledImages, batch_size: int, num_workers: int
-) -> tuple[Tensor, Tensor]:
-    """What a function says of each image; under Accelerate the processes divide the images among themselves.
+def frozen_encoder(
+    model: MAEModel, image_mean: list[float], image_std: list[float], tokens: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The encoder as a function of pixels; nothing of it is random, and no gradient comes back.
 
     Args:
-        function: (B, C, H, W) of `images` -> (B, ...).
-        images: decoded as their transform says.
-        batch_size: images that one process handles at once.
-        num_workers: processes that load images, for each training process.
-
-    Returns:
-        The results (M, ...) float32 and the labels (M,) int64, on the CPU of every process: each image once, in the
-        order of the source, however many processes there are.
-    """
-    state = PartialState()
-    results, labels = [], []
-    for batch in evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers):
-        result = gather(function(batch["pixel_values"]).float())
-        label = gather(batch["label"].to(result.device))
-        counted = label != PADDING
-        results.append(result[counted].cpu())
-        labels.append(label[counted].cpu())
-    return torch.cat(results), torch.cat(labels)
-
-
-def extract_features(
-    model: MAEModel,
-    images: LabelledImages,
-    image_mean: list[float],
-    image_std: list[float],
-    batch_size: int = 64,
-    num_workers: int = 0,
-    tokens: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The features of images after the encoder's own final norm.
-
-    Args:
-        model: the encoder, on the device where it is to run; it is put in evaluation mode. Under `torch.autocast` it
-            runs in that precision.
-        images: with the transform of evaluation for features that say the same every time.
+        model: on the device where it is to run; it is put in evaluation mode. Under `torch.autocast` the function runs
+            in that precision.
         image_mean, image_std: of the normalisation, see `checkpoint_normalisation`.
-        batch_size, num_workers: see `apply_to_images`, which also says what several processes do.
         tokens: all tokens, rather than the class token or the mean of the patch tokens as `model.config.pooling` says.
 
     Returns:
-        Features (M, D) or, with `tokens`, (M, 1 + N, D) float32; labels (M,) int64. Both lie in memory.
+        pixel_values (B, C, H, W) uint8 -> features after the encoder's own final norm, (B, D), or (B, 1 + N, D) with
+        `tokens`.
     """
     model.eval()
     normalize = Normalize(image_mean, image_std, model.device)
 
-    def encode(pixels: Tensor) -> Tensor:
-        output = model(normalize(pixels), return_dict=True)
+    @torch.no_grad()
+    def encode(pixel_values: Tensor) -> Tensor:
+        output = model(normalize(pixel_values), return_dict=True)
         return output.last_hidden_state if tokens else output.pooler_output
 
-    return apply_to_images(encode, images, batch_size, num_workers)
+    return encode
+
+
+def extract_features(
+    encode: Callable[[Tensor], Tensor], images: LabelledImages, batch_size: int = 64, num_workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The features of all images, which under Accelerate the processes divide among themselves.
+
+    Args:
+        encode: of `frozen_encoder`.
+        images: with the transform of evaluation, so that their features are the same every time.
+        batch_size: images that one process handles at once.
+        num_workers: processes that load images, for each training process.
+
+    Returns:
+        Features (M, D) or (M, 1 + N, D) float32 and labels (M,) int64, on the CPU of every process, in the order of the
+        source, whatever the batches and the processes.
+    """
+    state = PartialState()
+    batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
+    return apply_to_images(encode, batches)
 
 
 def pool(tokens: Tensor, pooling: str) -> Tensor:
@@ -98,14 +84,8 @@ def pool(tokens: Tensor, pooling: str) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Accuracy, and what needs no training: k nearest neighbours
+# What needs no training: k nearest neighbours
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The share of images whose label is among the k highest of the logits (M, K), or among all where K < k."""
-    highest = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (highest == labels.unsqueeze(1)).any(dim=1).float().mean().item()
 
 
 def knn_logits(
@@ -135,7 +115,7 @@ def knn_logits(
         chunk_size: images compared at once; memory for `chunk_size` x L numbers is needed.
 
     Returns:
-        (M, K) float32, the logarithm of the votes for each class, -inf where there are none: softmax gives their shares.
+        (M, K) float32, the logarithm of the votes for each class, -inf where there are none; softmax gives shares.
 
     Raises:
         ValueError: there are fewer than k training images.
@@ -158,7 +138,7 @@ def knn_accuracy(
     similarity, neighbours = _nearest(train_features, features, max(ks), chunk_size)
     voters = train_labels[neighbours]
     votes = {k: _votes(similarity[:, :k], voters[:, :k], num_labels, temperature) for k in ks}
-    return {k: accuracy(votes[k], labels) for k in ks}
+    return {k: classification_metrics(votes[k], labels).top1 for k in ks}
 
 
 def _nearest(train_features: Tensor, features: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
