@@ -5,7 +5,7 @@
 
 Fashion-MNIST (MIT): 60,000 + 10,000 grey images of 28x28, ten balanced classes, as the splits train and test.
 elpv (CC BY-NC-SA 4.0, so not for commercial use): 2,624 grey electroluminescence photographs of solar cells, 300x300,
-here resized once to 96x96 (PIL's antialiased bicubic filter), in five folds; see `folds`.
+here resized once to 96x96 (PIL's antialiased bicubic filter), in five folds; see `elpv_cells`.
 """
 
 import argparse
@@ -81,21 +81,29 @@ def fashion_mnist(output: Path, source: Path = FASHION_MNIST) -> None:
         )
 
 
-def elpv(output: Path) -> None:
-    """Write fold0 to fold4, each with the splits train and test: a fold is tested on what it was not trained on.
+def elpv_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The solar cells: pixels (2624, 300, 300) uint8, labels (2624,), the fold that each is tested in (2624,).
 
     The experts gave each cell a probability of a defect: 0, 1/3, 2/3 or 1. Above a half is "defect", else "ok". The
     folds have equal shares of both labels in mono- and in polycrystalline cells.
+
+    Raises:
+        ValueError: the package is not installed.
     """
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError as error:
         raise ValueError("The solar cells are in a package of their own: pip install elpv-dataset.") from error
     pixels, probabilities, types = load_dataset()
+    labels = (probabilities > 0.5).astype(int)
+    return pixels, labels, folds(np.char.add(types.astype(str), labels.astype(str)), FOLDS, SEED)
+
+
+def elpv(output: Path) -> None:
+    """Write fold0 to fold4, each with the splits train and test: a fold is tested on what it was not trained on."""
+    pixels, labels, fold = elpv_cells()
     size = (ELPV_SIZE, ELPV_SIZE)
     images = [Image.fromarray(cell).resize(size, Image.Resampling.BICUBIC) for cell in pixels]
-    labels = (probabilities > 0.5).astype(int)
-    fold = folds(np.char.add(types.astype(str), labels.astype(str)), FOLDS, SEED)
     for number in range(FOLDS):
         for split, members in (("train", np.flatnonzero(fold != number)), ("test", np.flatnonzero(fold == number))):
             file = output / f"fold{number}" / f"{split}-00000.parquet"
