@@ -8,7 +8,6 @@ Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them):
 file, then the command line. Starting again in a run folder continues the run.
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_bf16_available, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
@@ -27,7 +26,7 @@ from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
-from mae_hf.training.run import DataClock, Progress, RunFolder
+from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
 from mae_hf.training.sources import ImageSource, open_source
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -41,11 +40,6 @@ def read_recipe(arguments: list[str]) -> PretrainRecipe:
     if not named & {"--recipe", "--dataset", "--help", "-h"}:
         arguments = ["--recipe", "quickstart", *arguments]
     return parse_recipe(PretrainRecipe, arguments, EXAMPLES / "recipes")
-
-
-def best_precision() -> str | None:
-    """bf16 where an accelerator has it; on a CPU, what `accelerate config` says."""
-    return "bf16" if torch.accelerator.is_available() and is_bf16_available() else None
 
 
 def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
@@ -138,10 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             hub.prepare()
     if trackers is not None:
-        # Trackers show numbers and words; tensorboard refuses the lists and the None of a recipe.
-        settings = dataclasses.asdict(folder.recipe).items()
-        shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
-        accelerator.init_trackers("mae_hf", config=shown)
+        start_trackers(accelerator, folder.recipe)
     accelerator.wait_for_everyone()
     first_step = folder.resume(accelerator)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")

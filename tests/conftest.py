@@ -45,3 +45,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client waits ever longer between its attempts; the tests don't."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the CPU, and without the settings of a script that ran before in this process."""
+    from accelerate.state import AcceleratorState  # not above: it imports huggingface_hub
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

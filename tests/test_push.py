@@ -32,15 +32,10 @@ FILES = {
     *("versions.json", "reconstruction.png", "configuration_mae.py", "loading.py", "masking.py"),
     *("modeling_mae.py", "patches.py"),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"),  # huggingface_hub of its HTTP client
+]
 
 
 def pretrain(output_dir: Path, *arguments: str) -> None:

@@ -1,7 +1,5 @@
 """examples/run_pretrain.py and examples/visualize.py, run for real on small images, and what they leave behind."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +12,14 @@ import visualize
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import launch, losses, metrics
 from tiny import tiny_config
 from training.test_data import write_shards
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "examples" / "run_pretrain.py")
@@ -28,14 +29,6 @@ SMALL = [
     *("--decoder_num_attention_heads", "2", "--total_batch_size", "4", "--epochs", "4", "--warmup_epochs", "1"),
     *("--num_workers", "0", "--log_every", "1", "--base_lr", "0.01"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)  # or a second run keeps the first one's settings
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -55,19 +48,6 @@ def pretrain(dataset: str, output_dir: Path, *arguments: str) -> list[dict]:
     AcceleratorState._reset_state(reset_partial_state=True)
     run_pretrain.main(["--dataset", dataset, *SMALL, "--output_dir", str(output_dir), *arguments])
     return metrics(output_dir)
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(records: list[dict]) -> list[float]:
-    return [record["loss"] for record in records]
-
-
-def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", *words], env=environment, text=True, capture_output=True, timeout=300)
 
 
 def test_quickstart__leaves_a_model_that_loads(tmp_path: Path) -> None:

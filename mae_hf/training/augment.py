@@ -42,7 +42,8 @@ class RandomAugment(v2.RandAugment):
     STEPS = 31
 
     def __init__(self, magnitude: float, std: float, fill: list[float]) -> None:
-        interpolation = v2.InterpolationMode.BICUBIC
+        # Bilinear, the smoothest that torchvision has for rotating and shearing a tensor.
+        interpolation = v2.InterpolationMode.BILINEAR
         super().__init__(num_ops=1, num_magnitude_bins=self.STEPS, interpolation=interpolation, fill=fill)
         self.mean, self.std = magnitude, std
 

@@ -3,30 +3,31 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import PIL_MODES
-from .recipe import PretrainRecipe, as_yaml
+from .metrics import ClassificationMetrics
+from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
 
 CURVE_ROWS = 10
 
 
-def hub_dataset(recipe: PretrainRecipe, source_name: str) -> str | None:
+def hub_dataset(recipe: Recipe, source_name: str) -> str | None:
     """The name of the data set on the Hub, or None where the images come from elsewhere."""
     return recipe.dataset if source_name == recipe.dataset else None
 
 
-def hub_base_model(recipe: PretrainRecipe) -> str | None:
+def hub_base_model(recipe: Recipe) -> str | None:
     """The name on the Hub of the checkpoint that was continued, or None if there was none or it is a folder."""
     name = recipe.model_name_or_path
     return None if name is None or Path(name).expanduser().exists() else name
 
 
-def shareable_recipe(recipe: PretrainRecipe, source_name: str) -> str:
+def shareable_recipe(recipe: Recipe, source_name: str) -> str:
     """The recipe as YAML for other people: without the paths of this machine, and without where it was pushed."""
     hidden = ["output_dir", *(name for name in vars(recipe) if name == "push_to_hub" or name.startswith("hub_"))]
     if hub_dataset(recipe, source_name) is None:
-        hidden.append("dataset")
+        hidden += [name for name in ("dataset", "eval_dataset") if hasattr(recipe, name)]
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
     return as_yaml(recipe, without=hidden)
@@ -34,13 +35,14 @@ def shareable_recipe(recipe: PretrainRecipe, source_name: str) -> str:
 
 def loss_table(history: list[dict[str, Any]]) -> str:
     """The loss curve as a table of Markdown: a few records of metrics.jsonl, evenly spaced, the last one among them."""
+    history = [record for record in history if "loss" in record]
     rows = min(CURVE_ROWS, len(history))
     chosen = [history[(i + 1) * len(history) // rows - 1] for i in range(rows)]
     lines = [f"| {r['step']:,} | {r['epoch']:.4g} | {r['lr']:.2e} | {r['loss']:.4f} |" for r in chosen]
     return "\n".join(["| step | epoch | learning rate | loss |", "|---:|---:|---:|---:|", *lines])
 
 
-def _epochs(recipe: PretrainRecipe, history: list[dict[str, Any]]) -> str:
+def _epochs(recipe: Recipe, history: list[dict[str, Any]]) -> str:
     """How many epochs the model has seen: a checkpoint that is pushed on the way has not seen them all."""
     done = history[-1]["epoch"] if history else recipe.epochs
     return str(recipe.epochs) if round(done) >= recipe.epochs else f"{done:.1f} of {recipe.epochs}"
@@ -87,6 +89,80 @@ def write_pretraining_card(
         mask_percent=round(100 * recipe.mask_ratio),
         num_parameters=f"{num_parameters:,}",
         final_loss=f"{history[-1]['loss']:.4f}" if history else "not logged",
+        curve=loss_table(history),
+    )
+    card.save(Path(folder) / "README.md")
+
+
+def write_classifier_card(
+    folder: Path | str,
+    template: Path | str,
+    recipe: FinetuneRecipe,
+    source_name: str,
+    history: list[dict[str, Any]],
+    num_parameters: int,
+    metrics: ClassificationMetrics,
+    label_names: list[str],
+) -> None:
+    """Fill in the template of a classifier, its metrics as a model-index for the Hub, and write it as README.md.
+
+    Args:
+        folder, template, recipe, source_name, history: see `write_pretraining_card`; the template is
+            model_cards/template_finetune.md.
+        num_parameters: of the whole model.
+        metrics: of the model in the folder, on the images that judge.
+        label_names: of the classes.
+    """
+    dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
+    name = recipe.hub_model_id or Path(folder).resolve().name
+    judged_by = recipe.eval_split or f"{recipe.eval_fraction:.0%} of {recipe.split}, held out"
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset or "local",
+            dataset_name=source_name,
+            dataset_split=judged_by,
+            metric_type=metric_type,
+            metric_name=metric_name,
+            metric_value=value,
+        )
+        for metric_type, metric_name, value in (
+            ("accuracy", "top-1 accuracy", metrics.top1),
+            ("top_5_accuracy", "top-5 accuracy", metrics.top5),
+            ("balanced_accuracy", "balanced accuracy", metrics.balanced_accuracy),
+        )
+    ]
+    data = ModelCardData(
+        license=recipe.license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["mae", "masked-autoencoder", "vision", "mae_hf"],
+        datasets=[dataset] if dataset else None,
+        base_model=base_model,
+        model_name=name,
+        eval_results=results,
+    )
+    image_mode = PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)]
+    # The best classes and the worst; a table of a thousand rows would help nobody.
+    ranked = sorted(zip(metrics.per_class, label_names, strict=True), key=lambda row: -row[0])
+    shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        name=name,
+        source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
+        base_model=base_model,
+        start="a masked autoencoder" if recipe.model_name_or_path else None,
+        image_mode=image_mode,
+        recipe=shareable_recipe(recipe, source_name),
+        epochs=_epochs(recipe, history),
+        num_parameters=f"{num_parameters:,}",
+        num_labels=len(label_names),
+        judged_by=judged_by,
+        count=f"{metrics.count:,}",
+        metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
+        per_class=[(label, f"{share:.1%}") for share, label in shown],
+        has_picture=(Path(folder) / "confusion.png").exists(),
         curve=loss_table(history),
     )
     card.save(Path(folder) / "README.md")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import AutoImageProcessor, HfArgumentParser
 
 from ..configuration_mae import SIZES, MAEConfig, nearest
 
@@ -15,6 +15,7 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 RecipeType = TypeVar("RecipeType", bound="Recipe")
+LabelledType = TypeVar("LabelledType", bound="LabelledRecipe")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -155,7 +156,10 @@ class Recipe:
         """
         if self.model_name_or_path is None:
             raise ValueError("There is no checkpoint to start from: give --model_name_or_path.")
-        config = MAEConfig.from_pretrained(self.model_name_or_path)
+        try:
+            config = MAEConfig.from_pretrained(self.model_name_or_path)
+        except OSError as error:
+            raise ValueError(f"{self.model_name_or_path!r} is no checkpoint that can be loaded: {error}") from error
         for name, value in self.architecture().items():
             if name not in may_differ and value != getattr(config, name):
                 raise ValueError(
@@ -250,6 +254,23 @@ class LabelledRecipe(Recipe):
                 "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
                 "an eval_split."
             )
+
+    def resolved(self: LabelledType, config: MAEConfig, mixed_precision: str) -> LabelledType:
+        """As for every recipe; and images are normalised as they were for the checkpoint."""
+        mean, std = checkpoint_normalisation(self.model_name_or_path)
+        normalised = replace(self, image_mean=self.image_mean or mean, image_std=self.image_std or std)
+        return super(LabelledRecipe, normalised).resolved(config, mixed_precision)
+
+
+def checkpoint_normalisation(name: str | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of a checkpoint's image processor; ImageNet's without one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name) if name is not None else None
+    except (OSError, ValueError):  # a checkpoint without a processor
+        processor = None
+    if processor is None:
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    return list(processor.image_mean), list(processor.image_std)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import is_bf16_available
 from tqdm import tqdm
 
 from .recipe import MAY_CHANGE, as_yaml
@@ -134,6 +136,18 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def best_precision() -> str | None:
+    """bf16 where an accelerator has it; on a CPU, what `accelerate config` says."""
+    return "bf16" if torch.accelerator.is_available() and is_bf16_available() else None
+
+
+def start_trackers(accelerator: Accelerator, recipe: Any) -> None:
+    """Tell the trackers that a run begins; they take numbers and words, not the lists and the None of a recipe."""
+    settings = asdict(recipe).items()
+    shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
+    accelerator.init_trackers("mae_hf", config=shown)
 
 
 class DataClock:

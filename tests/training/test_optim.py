@@ -3,8 +3,8 @@
 import pytest
 from tiny import tiny_config
 
-from mae_hf import MAEForPreTraining
-from mae_hf.training.optim import lr_at, parameter_groups
+from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining
+from mae_hf.training.optim import freeze, layerwise_groups, lr_at, parameter_groups
 
 
 def test_parameter_groups__every_trainable_parameter_once() -> None:
@@ -26,6 +26,60 @@ def test_parameter_groups__biases_and_norms_are_not_decayed() -> None:
     for name in names.values():
         is_plain = name.endswith("bias") or "norm" in name
         assert is_plain != (name in decayed_names) or "position" in name or "pos_embed" in name, name
+
+
+def test_layerwise_groups__every_trainable_parameter_once() -> None:
+    model = MAEForImageClassification(tiny_config(num_labels=3))
+    grouped = [id(p) for group in layerwise_groups(model, 0.05, 0.75) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_layerwise_groups__scales_of_vit_base_by_hand() -> None:
+    small = {"hidden_size": 12, "num_attention_heads": 1, "image_size": 16, "num_labels": 2}  # as deep as ViT-B
+    model = MAEForImageClassification(MAEConfig(**small, mask_ratio=0.5, patch_size=8))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scale, decay = {}, {}
+    for group in layerwise_groups(model, weight_decay=0.05, layer_decay=0.65):
+        for parameter in group["params"]:
+            scale[names[id(parameter)]], decay[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]
+    by_hand = {
+        "vit.embeddings.cls_token": (0.65**13, 0.0),
+        "vit.embeddings.position_embeddings": (0.65**13, 0.0),
+        "vit.embeddings.patch_embeddings.projection.weight": (0.65**13, 0.05),
+        "vit.embeddings.patch_embeddings.projection.bias": (0.65**13, 0.0),
+        "vit.layers.0.attention.q_proj.weight": (0.65**12, 0.05),
+        "vit.layers.0.layernorm_before.weight": (0.65**12, 0.0),
+        "vit.layers.11.mlp.fc2.weight": (0.65, 0.05),
+        "fc_norm.weight": (1.0, 0.0),
+        "classifier.weight": (1.0, 0.05),
+        "classifier.bias": (1.0, 0.0),
+    }
+    for name, (expected_scale, expected_decay) in by_hand.items():
+        assert (scale[name], decay[name]) == (pytest.approx(expected_scale), expected_decay), name
+    assert pytest.approx(0.0036972, rel=1e-4) == 0.65**13
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trained"),
+    [
+        (0, {"layers.0", "layers.1", "layers.2", "fc_norm", "classifier"}),
+        (2, {"layers.2", "fc_norm", "classifier"}),
+        (2.5, {"layers.2.layernorm_after", "layers.2.mlp", "fc_norm", "classifier"}),
+        (3, {"fc_norm", "classifier"}),
+    ],
+)
+def test_freeze__the_last_blocks_are_trained(blocks: float, trained: set[str]) -> None:
+    model = MAEForImageClassification(tiny_config(num_labels=3))
+    freeze(model, blocks)
+    for name, parameter in model.named_parameters():
+        inside = any(name.removeprefix("vit.").startswith(f"{part}.") for part in trained)
+        assert parameter.requires_grad == inside, name
+
+
+@pytest.mark.parametrize("blocks", [-1, 3.5, 0.3])
+def test_freeze__refuses_what_is_no_number_of_blocks(blocks: float) -> None:
+    with pytest.raises(ValueError, match="freeze must be between 0 and the 3 blocks of the model in halves"):
+        freeze(MAEForImageClassification(tiny_config()), blocks)
 
 
 @pytest.mark.parametrize(

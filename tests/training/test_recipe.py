@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mae_hf.training.recipe import MAY_CHANGE, PretrainRecipe, as_yaml, parse_recipe
+from mae_hf.training.recipe import (
+    MAY_CHANGE,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    as_yaml,
+    parse_recipe,
+)
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
@@ -14,9 +22,16 @@ def parse(*words: str) -> PretrainRecipe:
     return parse_recipe(PretrainRecipe, list(words), RECIPES)
 
 
+def recipe_class(name: str) -> type[Recipe]:
+    """For which script a recipe of examples/recipes is."""
+    if "probe" in name:
+        return ProbeRecipe
+    return FinetuneRecipe if "finetune" in name or "scratch" in name else PretrainRecipe
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes__parse_and_make_a_model(path: Path) -> None:
-    recipe = parse("--recipe", path.stem)
+    recipe = parse_recipe(recipe_class(path.stem), ["--recipe", path.stem], RECIPES)
     assert recipe.config().num_patches > 1
     for word in ("Source", "Expect", "Time", "Command"):  # the card at the head of the file
         assert f"# {word}" in path.read_text(), word
@@ -44,6 +59,42 @@ def test_imagenet_recipes__are_the_paper(size: str, encoder: tuple[int, int, int
     config = recipe.config()
     assert (config.hidden_size, config.num_hidden_layers, config.patch_size) == encoder
     assert recipe.effective_lr == pytest.approx(effective_lr)
+
+
+@pytest.mark.parametrize(
+    ("name", "effective_lr", "layer_decay", "drop_path_rate", "epochs"),
+    [  # the original repository, then Table 9, then Table 11
+        ("finetune_vit_base", 2e-3, 0.65, 0.1, 100),
+        ("finetune_vit_large", 4e-3, 0.75, 0.2, 50),
+        ("finetune_vit_huge", 4e-3, 0.75, 0.3, 50),
+        ("finetune_vit_large_448", 4e-3, 0.75, 0.2, 50),
+        ("finetune_vit_base_paper", 4e-3, 0.75, 0.1, 100),
+        ("finetune_vit_large_paper", 4e-3, 0.75, 0.1, 50),
+        ("finetune_vit_huge_paper", 4e-3, 0.75, 0.2, 50),
+        ("scratch_vit_base", 1.6e-3, 1.0, 0.1, 300),
+    ],
+)
+def test_imagenet_finetuning__by_hand(
+    name: str, effective_lr: float, layer_decay: float, drop_path_rate: float, epochs: int
+) -> None:
+    recipe = parse_recipe(FinetuneRecipe, ["--recipe", name], RECIPES)
+    assert recipe.effective_lr == pytest.approx(effective_lr)
+    assert (recipe.layer_decay, recipe.drop_path_rate, recipe.epochs) == (layer_decay, drop_path_rate, epochs)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.random_erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (recipe.rand_augment, recipe.rand_augment_std, recipe.min_lr) == (9, 0.5, 1e-6)
+
+
+def test_labelled_recipe__refuses_with_a_sentence() -> None:
+    for words, sentence in (
+        ([], "Say which images judge the model"),
+        (["--eval_split", "test", "--eval_fraction", "0.1"], "Say which images judge the model"),
+        (["--eval_fraction", "1.5"], "eval_fraction must be a share"),
+        (["--eval_fraction", "0.1", "--streaming", "true"], "A stream cannot be divided by class"),
+        (["--eval_split", "test", "--layer_decay", "0"], "layer_decay must be above 0"),
+        (["--eval_split", "test", "--eval_only", "true"], "eval_only needs a model"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            parse_recipe(FinetuneRecipe, words, RECIPES)
 
 
 def test_parse__command_line_over_file_over_default(tmp_path: Path) -> None:
@@ -90,4 +141,5 @@ def test_parse__refuses_with_a_sentence(tmp_path: Path) -> None:
 
 
 def test_may_change__names_settings_that_exist() -> None:
-    assert set(PretrainRecipe.__dataclass_fields__) >= MAY_CHANGE
+    classes = (PretrainRecipe, FinetuneRecipe, ProbeRecipe)
+    assert {name for recipe in classes for name in recipe.__dataclass_fields__} >= MAY_CHANGE

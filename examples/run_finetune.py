@@ -1,0 +1,326 @@
+"""Fine-tune the encoder of a masked autoencoder for classification, end to end or in part, or train one from scratch.
+
+    accelerate launch examples/run_finetune.py                          # the digits, from the quickstart's checkpoint
+    accelerate launch examples/run_finetune.py --model_name_or_path runs/mine --dataset path/to/images \\
+        --eval_fraction 0.2 --output_dir runs/mine_classifier           # one sub-folder for each class
+    accelerate launch examples/run_finetune.py --recipe finetune_vit_base
+
+Settings are those of mae_hf.training.recipe.FinetuneRecipe (--help lists them): the paper's as defaults, then a recipe
+file, then the command line. Without --model_name_or_path the encoder starts from scratch. Starting again in a run
+folder continues the run.
+"""
+
+import json
+import math
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mae_hf import MAEForImageClassification
+from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
+from mae_hf.training.data import LabelledImages, batches, evaluation_batches, make_schedule
+from mae_hf.training.hub import HubPush
+from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
+from mae_hf.training.model_card import shareable_recipe, write_classifier_card
+from mae_hf.training.optim import freeze, layerwise_groups, lr_at
+from mae_hf.training.recipe import FinetuneRecipe, parse_recipe
+from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
+from mae_hf.training.sources import open_labelled, seed_of
+
+EXAMPLES = Path(__file__).resolve().parent
+CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_finetune.md"
+
+
+def read_recipe(arguments: list[str]) -> FinetuneRecipe:
+    """The recipe of the command line; the digits' where neither a recipe nor a data set is named."""
+    named = {word.split("=")[0] for word in arguments}
+    if not named & {"--recipe", "--dataset", "--help", "-h"}:
+        arguments = ["--recipe", "quickstart_finetune", *arguments]
+    return parse_recipe(FinetuneRecipe, arguments, EXAMPLES / "recipes")
+
+
+def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> MAEForImageClassification:
+    """The encoder of the recipe's checkpoint under a new head, or a model from scratch.
+
+    A checkpoint that is a classifier already keeps its head, if it has the same classes in the same order.
+    """
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    if recipe.model_name_or_path is None:
+        model = MAEForImageClassification(recipe.config(**labels))
+    else:
+        of_recipe = ("image_size", "pooling", "drop_path_rate")
+        before, config = recipe.checkpoint_config(of_recipe), recipe.checkpoint_config(of_recipe, **labels)
+        model, loaded = MAEForImageClassification.from_pretrained(
+            recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        had_head = "classifier.weight" not in {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+        if recipe.eval_only and not had_head:
+            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
+        if had_head:
+            refuse_other_labels(list(before.id2label.values()), label_names)
+    if recipe.attn_implementation:
+        model.set_attn_implementation(recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def refuse_other_labels(of_model: list[str], of_data: list[str]) -> None:
+    """A head that has learned other classes, or the same in another order, would be judged and trained wrongly."""
+    if of_model != of_data:
+        order = "the same classes in another order" if sorted(of_model) == sorted(of_data) else "other classes"
+        raise ValueError(
+            f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
+            f"classes as the checkpoint has them, or start from the pre-trained encoder to train a new head."
+        )
+
+
+def sentence(metrics: ClassificationMetrics) -> str:
+    """The metrics for a person."""
+    return (
+        f"top-1 {metrics.top1:.2%}  top-5 {metrics.top5:.2%}  balanced {metrics.balanced_accuracy:.2%}  "
+        f"loss {metrics.loss:.4f}  on {metrics.count:,} images"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # ----------------------------------------------------------------------------------------------------------------
+    # Recipe, processes, images, model
+    # ----------------------------------------------------------------------------------------------------------------
+    recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+    trackers = None if recipe.report_to == "none" else recipe.report_to
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+    )
+    say = accelerator.print
+
+    with accelerator.main_process_first():  # the others find what it has written to the cache
+        source, judges = open_labelled(recipe)
+    label_names = source.label_names or []
+    set_seed(recipe.seed)
+    model = build_model(recipe, label_names)
+    config = model.config
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    recipe = folder.recipe
+
+    normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
+    eval_view = eval_transform(config.image_shape, recipe.center_crop)
+    eval_images = LabelledImages(judges, eval_view, config.num_channels, recipe.seed)
+
+    def evaluate(judged: torch.nn.Module) -> ClassificationMetrics:
+        loader = evaluation_batches(
+            eval_images,
+            recipe.per_device_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            recipe.num_workers,
+        )
+        return classification_metrics(*predict(judged, loader, normalize, accelerator))
+
+    def report(metrics: ClassificationMetrics) -> None:
+        """Write results.json and, where matplotlib is there, the confusion matrix as a picture."""
+        per_class = dict(zip(label_names, metrics.per_class, strict=True))
+        results = {**metrics.summary(), "per_class": per_class, "count": metrics.count}
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if find_spec("matplotlib") and find_spec("sklearn"):
+            save_confusion_picture(metrics, label_names, folder.path / "confusion.png")
+        else:
+            say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
+
+    if recipe.eval_only:
+        metrics = evaluate(model.to(accelerator.device))
+        if accelerator.is_main_process:
+            report(metrics)
+        say(f"{judges.name}: {sentence(metrics)}")
+        return
+
+    schedule = make_schedule(
+        source,
+        recipe.epochs,
+        recipe.total_batch_size,
+        recipe.per_device_batch_size,
+        accelerator.num_processes,
+        recipe.images_per_epoch,
+    )
+    if (recipe.mixup or recipe.cutmix) and schedule.micro_batch_size % 2:
+        raise ValueError(
+            f"Mixup and cutmix mix pairs of images, but a process handles {schedule.micro_batch_size} at once: choose "
+            f"an even per_device_batch_size, or --mixup 0 --cutmix 0."
+        )
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    accelerator.gradient_accumulation_steps = schedule.rounds
+
+    if recipe.freeze is not None:
+        freeze(model, recipe.freeze)
+    groups = layerwise_groups(model, recipe.weight_decay, recipe.layer_decay)
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
+    if recipe.compile:
+        model.compile()
+    average = None
+    if recipe.ema_decay is not None:
+        average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        accelerator.register_for_checkpointing(average)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare_model = accelerator.unwrap_model(model)
+    judged_model = bare_model if average is None else average.module
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Say what is about to happen; resume if the folder has a checkpoint
+    # ----------------------------------------------------------------------------------------------------------------
+    parameters = sum(parameter.numel() for parameter in bare_model.parameters())
+    trained = sum(parameter.numel() for parameter in bare_model.parameters() if parameter.requires_grad)
+    scales = [group["lr_scale"] for group in groups]
+    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
+    say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
+    say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
+    say(f"model     {parameters:,} parameters, {trained:,} of them trained")
+    say(f"weights   {recipe.model_name_or_path or 'new'}")
+    say(f"device    {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
+    say(
+        f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "
+        f"{schedule.micro_batch_size} images x {schedule.rounds} rounds of accumulation"
+    )
+    say(
+        f"lr        base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g} at the head, "
+        f"{recipe.effective_lr * min(scales):.3g} at the lowest trained layer"
+    )
+    say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    say(f"folder    {folder.path}")
+
+    if accelerator.is_main_process:
+        folder.start()
+    hub = None
+    if recipe.push_to_hub:
+        shared = shareable_recipe(recipe, source.name)
+        hub = HubPush(folder.path, recipe.hub_model_id, shared, recipe.hub_private_repo, recipe.hub_revision, say)
+        if accelerator.is_main_process:
+            hub.prepare()
+    if trackers is not None:
+        start_trackers(accelerator, recipe)
+    accelerator.wait_for_everyone()
+    first_step = folder.resume(accelerator)
+    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loop
+    # ----------------------------------------------------------------------------------------------------------------
+    mixing = Mixing(recipe.mixup, recipe.cutmix, recipe.mixup_switch, recipe.label_smoothing, len(label_names))
+    transform = finetune_transform(
+        config.image_shape,
+        recipe.crop_scale,
+        recipe.horizontal_flip,
+        recipe.rand_augment,
+        recipe.rand_augment_std,
+        recipe.random_erasing,
+        recipe.image_mean,
+        recipe.image_std,
+    )
+    images = LabelledImages(source, transform, config.num_channels, recipe.seed, mixing)
+    loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
+    data = DataClock(iter(loader))
+    processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
+
+    def save_model(path: Path) -> None:
+        """What others load; every process takes part, because a sharded model needs them all."""
+        state = judged_model.state_dict() if average is not None else accelerator.get_state_dict(model)
+        judged_model.save_pretrained(path, state_dict=state, is_main_process=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            processor.save_pretrained(path)
+
+    metrics = None
+    best_top1 = max((record["eval_top1"] for record in folder.history() if "eval_top1" in record), default=-1.0)
+    progress = Progress(total_steps, first_step, accelerator.is_main_process)
+    model.train()
+    loss_sum, logged_step, logged_time = torch.zeros((), device=accelerator.device), first_step, time.perf_counter()
+    for step in range(first_step + 1, total_steps + 1):
+        lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        for round_index in range(schedule.rounds):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(data).items()}
+            torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))  # drop path draws
+            with accelerator.accumulate(model):
+                pixel_values, targets = mixing(batch["pixel_values"], batch["label"], batch["mix"])
+                loss = model(pixel_values, labels=targets).loss
+                accelerator.backward(loss)
+                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum += loss.detach() / schedule.rounds
+        if average is not None:
+            average.update_parameters(bare_model)
+        progress.advance()
+
+        if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
+            steps = step - logged_step
+            mean_loss = accelerator.reduce(loss_sum, "mean").item() / steps
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"The loss is {mean_loss} between steps {logged_step + 1} and {step}. The last checkpoint is "
+                    f"{folder.newest_checkpoint()}; a lower --base_lr or --mixed_precision bf16 usually helps."
+                )
+            seconds = time.perf_counter() - logged_time
+            record = {
+                "step": step,
+                "epoch": step / schedule.steps_per_epoch,
+                "loss": mean_loss,
+                "lr": lr,
+                "images_per_second": steps * recipe.total_batch_size / seconds,
+                "data_wait": data.waited / seconds,
+            }
+            if accelerator.is_main_process:
+                folder.log(record)
+            accelerator.log(record, step=step)
+            progress.show(record)
+            loss_sum.zero_()
+            data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
+        periods = [(s / schedule.steps_per_epoch) // recipe.eval_every for s in (step - 1, step)]
+        if periods[0] != periods[1] or step == total_steps:
+            started = time.perf_counter()
+            metrics = evaluate(judged_model)
+            record = {f"eval_{name}": value for name, value in metrics.summary().items()}
+            record = {"step": step, "epoch": step / schedule.steps_per_epoch, **record}
+            if accelerator.is_main_process:
+                folder.log(record)
+            accelerator.log(record, step=step)
+            say(f"epoch {record['epoch']:.2f}  {sentence(metrics)}")
+            if metrics.top1 > best_top1:
+                best_top1 = metrics.top1
+                save_model(folder.path / "best")
+            logged_time += time.perf_counter() - started  # the progress line speaks of training
+        if step % recipe.save_every == 0 or step == total_steps:
+            folder.save(accelerator, step, recipe.keep_checkpoints)
+    progress.close()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The model, its processor, its metrics and its card
+    # ----------------------------------------------------------------------------------------------------------------
+    if metrics is None:  # a finished run that was started again
+        metrics = evaluate(judged_model)
+    save_model(folder.path)
+    if accelerator.is_main_process:
+        report(metrics)
+        write_classifier_card(
+            folder.path, CARD_TEMPLATE, recipe, source.name, folder.history(), parameters, metrics, label_names
+        )
+    accelerator.end_training()
+    if hub and accelerator.is_main_process:
+        hub.finish(f"Fine-tuned for {total_steps} steps")
+    say(f"The model is in {folder.path}, its metrics and how to use it in {folder.path / 'README.md'}.")
+    say(f"The best of its evaluations, {best_top1:.2%}, is in {folder.path / 'best'}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # something that the user can mend, said in a sentence
+        sys.exit(f"run_finetune.py: {error}")

@@ -1,0 +1,23 @@
+"""What the tests of the training scripts share: running them in processes of their own, and reading what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """`python -m words` on the CPU, one thread a process."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *words], env=environment, text=True, capture_output=True, timeout=300)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records: list[dict]) -> list[float]:
+    """The training loss of each log step."""
+    return [record["loss"] for record in records if "loss" in record]
