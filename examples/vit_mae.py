@@ -3,9 +3,10 @@
     python examples/vit_mae.py shipped  --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/vitmae_shipped
     python examples/vit_mae.py repaired --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/vitmae_repaired
 
-`shipped` is what the class makes of a configuration (transformers 5.23): position tables, class token and mask token of
-zeros, the tables frozen. `repaired` fills the tables with the sin-cos table and draws the two tokens. The other settings
-are those of run_pretrain.py, and so are images, crops, masks, optimizer and schedule. A run does not resume.
+`shipped` is what the class makes of a configuration (transformers 5.24): position tables, class token and mask token of
+zeros, the tables frozen. `repaired` fills the tables with the sin-cos table and draws the two tokens; the other weights
+keep transformers' initialisation. Settings, images, crops, masks, optimizer and schedule are those of run_pretrain.py.
+A run does not resume.
 """
 
 import argparse
