@@ -133,12 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
     # Say what is about to happen; resume if the folder has a checkpoint
     # ----------------------------------------------------------------------------------------------------------------
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    pooled = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
+    seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
     say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
     say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
     say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
     say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
-    say(f"probe     {recipe.probe}, on the {pooled if is_linear else 'tokens'}")
+    say(f"probe     {recipe.probe}, on the {seen_by_linear if is_linear else 'tokens'}")
     say(f"device    {accelerator.num_processes} x {device.type}, precision {accelerator.mixed_precision}")
     say(
         f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "
@@ -176,8 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
         features, labels = of_all(encode, source)
         seconds = time.perf_counter() - started
         say(
-            f"features  {len(labels):,} images encoded once in {seconds:.0f} s ({features.nbytes / 2**20:,.0f} MiB); at "
-            f"every one of {recipe.epochs} epochs it would be {recipe.epochs * len(labels):,} images, about "
+            f"features  {len(labels):,} images encoded once in {seconds:.0f} s, {features.nbytes / 2**20:,.0f} MiB; at "
+            f"each of {recipe.epochs} epochs it would be {recipe.epochs * len(labels):,} images, about "
             f"{recipe.epochs * seconds:.0f} s"
         )
     features_seconds = time.perf_counter() - started
@@ -185,13 +185,13 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # The loop
     # ----------------------------------------------------------------------------------------------------------------
+    index = accelerator.process_index
     if recipe.augment:
         transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
         images = LabelledImages(source, transform, config.num_channels, recipe.seed)
-        index, workers = accelerator.process_index, recipe.num_workers
-        data = DataClock(iter(batches(images, schedule, first_step, index, workers, recipe.shuffle_buffer)))
+        loader = batches(images, schedule, first_step, index, recipe.num_workers, recipe.shuffle_buffer)
+        data = DataClock(iter(loader))
     else:
-        index = accelerator.process_index
         data = DataClock(feature_batches(features, labels, schedule, first_step, index, recipe.seed))
 
     def encoded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
             steps = step - logged_step
-            means = (accelerator.reduce(loss_sums, "mean") / steps).nan_to_num(math.inf).tolist()
+            means = (accelerator.reduce(loss_sums, "mean") / steps).nan_to_num(math.inf, math.inf).tolist()
             lowest = min(range(len(means)), key=means.__getitem__)
             if math.isinf(means[lowest]):
                 raise FloatingPointError(
@@ -259,27 +259,42 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     bare_probes.eval()
 
-    def judge(images: ImageSource) -> list[ClassificationMetrics]:
-        """The metrics of each probe."""
-        logits, targets = of_all(lambda pixels: bare_probes(encode(pixels)).transpose(0, 1), images)  # (M, S, K)
-        return [classification_metrics(of_probe, targets) for of_probe in logits.unbind(1)]
+    def pooled(seen: Tensor) -> Tensor:
+        return seen if is_linear else pool(seen, recipe.pooling)
+
+    def judge(images: ImageSource) -> tuple[list[ClassificationMetrics], Tensor, Tensor]:
+        """The metrics of each probe; and the pooled features (M, D) with the labels (M,), from the same pass."""
+
+        def look(pixel_values: Tensor) -> Tensor:
+            seen = encode(pixel_values)
+            logits = bare_probes(seen).transpose(0, 1).flatten(1)  # (B, SK)
+            return torch.cat([pooled(seen), logits], dim=1)
+
+        seen, targets = of_all(look, images)
+        logits = seen[:, config.hidden_size :].unflatten(1, (len(base_lrs), -1))  # (M, S, K)
+        metrics = [classification_metrics(of_probe, targets) for of_probe in logits.unbind(1)]
+        return metrics, seen[:, : config.hidden_size], targets
 
     chosen, top1_of_choice = 0, None
     if selection is not None:
-        top1_of_choice = [metrics.top1 for metrics in judge(selection)]
+        top1_of_choice = [metrics.top1 for metrics in judge(selection)[0]]
         chosen = top1_of_choice.index(max(top1_of_choice))
-    judged = judge(judges)
+    judged, eval_features, eval_labels = judge(judges)
 
     started = time.perf_counter()
-    encode_pooled = frozen_encoder(encoder, recipe.image_mean, recipe.image_std)
     if recipe.augment:
-        features, labels = of_all(encode_pooled, source)
-    elif not is_linear:
-        features = pool(features, recipe.pooling)
-    eval_features, eval_labels = of_all(encode_pooled, judges)
+        features, labels = of_all(lambda pixel_values: pooled(encode(pixel_values)), source)
+    else:
+        features = pooled(features)
     features_seconds += time.perf_counter() - started
     ks = [k for k in recipe.knn_k if k <= len(labels)]
-    knn = knn_accuracy(features, labels, eval_features, eval_labels, ks, recipe.knn_temperature) if ks else {}
+    knn = {}
+    if ks:  # every process counts for itself: it has everything, and it takes seconds
+        of_train, of_judges = (
+            (features.to(device), labels.to(device)),
+            (eval_features.to(device), eval_labels.to(device)),
+        )
+        knn = knn_accuracy(*of_train, *of_judges, ks, recipe.knn_temperature)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The results, and the probe
@@ -288,14 +303,14 @@ def main(arguments: list[str] | None = None) -> None:
     best = judged[chosen]
     results = {
         recipe.probe: {name: metrics.top1 for name, metrics in zip(names, judged, strict=True)},
-        "selection": top1_of_choice and dict(zip(names, top1_of_choice, strict=True)),
+        "selection": None if top1_of_choice is None else dict(zip(names, top1_of_choice, strict=True)),
         "chosen_base_lr": base_lrs[chosen],
         **best.summary(),
         "per_class": dict(zip(label_names, best.per_class, strict=True)),
         "knn": {str(k): top1 for k, top1 in knn.items()},
         "train_images": len(labels),
         "eval_images": best.count,
-        "features_seconds": features_seconds,
+        "features_seconds": features_seconds,  # of the training images, without crops
     }
     if accelerator.is_main_process:
         (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -237,8 +237,8 @@ def linear_probe(
     features: Tensor,
     labels: Tensor,
     epochs: int = 90,
-    batch_size: int = 1024,
-    base_lr: float = 0.1,
+    batch_size: int = 256,
+    lr: float = 6.4,
     warmup_epochs: float = 10.0,
     seed: int = 0,
 ) -> LinearProbe:
@@ -252,7 +252,8 @@ def linear_probe(
         labels: (M,) int64.
         epochs, warmup_epochs: passes over the features, and those in which the learning rate grows from 0.
         batch_size: features in one step.
-        base_lr: learning rate for a batch of 256.
+        lr: peak learning rate, by default the paper's effective one. LARS steps in proportion to the weights, which
+            makes it a good value at other batches, too, if there are some hundred steps.
         seed: of the initial weights and of the order.
 
     Returns:
@@ -264,9 +265,8 @@ def linear_probe(
     optimizer = LARS(probe.parameters(), lr=0.0)
     schedule = Schedule(batch_size, batch_size, 1, 1, len(labels), epochs)
     warmup_steps = round(warmup_epochs * schedule.steps_per_epoch)
-    peak_lr = base_lr * batch_size / 256
     for step, batch in enumerate(feature_batches(features, labels, schedule, 0, 0, seed)):
-        optimizer.param_groups[0]["lr"] = lr_at(step, schedule.total_steps, warmup_steps, peak_lr)
+        optimizer.param_groups[0]["lr"] = lr_at(step, schedule.total_steps, warmup_steps, lr)
         optimizer.zero_grad()
         F.cross_entropy(probe(batch["features"]), batch["label"]).backward()
         optimizer.step()

@@ -345,7 +345,9 @@ class ProbeRecipe(LabelledRecipe):
     crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
     pooling: str = setting("cls", "what a linear probe sees: cls, the class token, or mean of the patch tokens")
     attention_heads: int = setting(8, "heads of an attentive probe")
-    knn_k: list[int] = setting([10, 20, 100, 200], "neighbours that vote")
+    knn_k: list[int] = setting(
+        [10, 20, 100, 200], "neighbours that vote; k-NN is low by nature for a masked autoencoder"
+    )
     knn_temperature: float = setting(0.07, "of the votes, as in DINO")
 
     total_batch_size: int = setting(16384, "images in one optimizer step, over all processes and accumulation")
