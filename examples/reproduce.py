@@ -36,12 +36,12 @@ CARDS = EXAMPLES.parent / "model_cards"
 RESULTS = CARDS / "results.json"
 
 SEEDS = (0, 1, 2)
-# Few labels need many epochs; the same number of them with and without pre-training.
+# Few images need many epochs. They are the same with and without pre-training.
 LABELS = {
     "10": ["--labels_per_class", "10", "--epochs", "200", "--warmup_epochs", "10"],
-    "60": ["--labels_per_class", "60", "--epochs", "100", "--warmup_epochs", "5"],
-    "600": ["--labels_per_class", "600", "--epochs", "40", "--warmup_epochs", "2"],
-    "6000": ["--epochs", "8", "--warmup_epochs", "1"],  # all of them
+    "60": ["--labels_per_class", "60", "--epochs", "60", "--warmup_epochs", "5"],
+    "600": ["--labels_per_class", "600", "--epochs", "15", "--warmup_epochs", "1"],
+    "6000": ["--epochs", "4", "--warmup_epochs", "0.5"],  # all of them
 }
 SHORT = ["--epochs", "8", "--warmup_epochs", "1"]  # pre-training to compare with, rather than to use
 ABLATIONS = {
