@@ -416,6 +416,7 @@ def plot_ablations(results: dict, path: Path) -> None:
     curve(finetuned, "fine-tuned, 60 labels (%)", means, spreads)
     curve(linear, "linear probe (%)", {name: found["linear"] for name, found in results["probe"].items()}, {})
     curve(speed, "pre-training, images/s", {name: found["median"] for name, found in results["speed"].items()}, {})
+    speed.set_ylim(bottom=0)
     figure.savefig(path, dpi=100)
 
 
