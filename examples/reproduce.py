@@ -1,0 +1,461 @@
+"""Every number and plot of the README's results on real data, made again.
+
+    python examples/reproduce.py data                                  # needs prepare_data.py's two packages
+    python examples/reproduce.py fashion_mnist ablations solar_cells --jobs 2
+    python examples/reproduce.py speed                                 # on a machine that does nothing else
+    python examples/reproduce.py tables plots
+
+A result is a run of one of the other scripts with a recipe of examples/recipes; --list shows the commands. What is in
+the folder of runs already is not made again, so this can be interrupted and gone on with; --only NAME makes some of it.
+Nothing is tuned on a test split, here or in the recipes.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from prepare_data import DATA_SETS, FOLDS
+
+from mae_hf import MAEForPreTraining
+from mae_hf.configuration_mae import nearest
+from mae_hf.training.optim import parameter_groups
+from mae_hf.training.recipe import PretrainRecipe, parse_recipe
+
+EXAMPLES = Path(__file__).resolve().parent
+CARDS = EXAMPLES.parent / "model_cards"
+RESULTS = CARDS / "results.json"
+
+SEEDS = (0, 1, 2)
+# Few images need many epochs. They are the same with and without pre-training.
+LABELS = {
+    "10": ["--labels_per_class", "10", "--epochs", "200", "--warmup_epochs", "10"],
+    "60": ["--labels_per_class", "60", "--epochs", "60", "--warmup_epochs", "5"],
+    "600": ["--labels_per_class", "600", "--epochs", "15", "--warmup_epochs", "1"],
+    "6000": ["--epochs", "4", "--warmup_epochs", "0.5"],  # all of them
+}
+SHORT = ["--epochs", "8", "--warmup_epochs", "1"]  # pre-training to compare with, rather than to use
+ABLATIONS = {
+    "ab_ratio25": ["--mask_ratio", "0.25"],
+    "ab_ratio50": ["--mask_ratio", "0.5"],
+    "ab_ratio60": ["--mask_ratio", "0.6"],
+    "ab_ratio75": [],  # the baseline: the recipe as it is
+    "ab_ratio85": ["--mask_ratio", "0.85"],
+    "ab_ratio90": ["--mask_ratio", "0.9"],
+    "ab_plain": ["--norm_pix_loss", "false"],
+    "ab_depth1": ["--decoder_num_hidden_layers", "1"],
+    "ab_depth4": ["--decoder_num_hidden_layers", "4"],
+    "ab_depth8": ["--decoder_num_hidden_layers", "8"],
+    "ab_masktokens": ["--mask_tokens_in_encoder", "true"],
+}
+BASELINE = "ab_ratio75"
+KNN = "20"  # the k that is shown, chosen beforehand
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The jobs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of another script.
+
+    name: its folder in the folder of runs.
+    words: the script, and its settings without --output_dir.
+    result: the file in its folder that says that it is done.
+    after: the job whose model it needs, or None.
+    """
+
+    name: str
+    words: list[str]
+    result: str
+    after: str | None = None
+
+
+def fashion_mnist_training(data: Path, name: str, *settings: str) -> Job:
+    """Pre-training on Fashion-MNIST."""
+    words = ["run_pretrain.py", "--recipe", "fashion_mnist_pretrain", "--dataset", str(data / "fashion_mnist")]
+    return Job(f"fashion_mnist/{name}", [*words, *settings], "model.safetensors")
+
+
+def fashion_mnist_finetuning(data: Path, runs: Path, encoder: str, labels: str) -> list[Job]:
+    """Fine-tuning of an encoder, or `scratch`, with so many labels a class: a job for each seed."""
+    if encoder == "scratch":
+        start, after = ["--recipe", "fashion_mnist_scratch"], None
+    else:
+        after = f"fashion_mnist/{encoder}"
+        start = ["--recipe", "fashion_mnist_finetune", "--model_name_or_path", str(runs / after)]
+    words = ["run_finetune.py", *start, "--dataset", str(data / "fashion_mnist"), *LABELS[labels]]
+    name = f"fashion_mnist/ft_{encoder}_{labels}"
+    return [Job(f"{name}_s{seed}", [*words, "--seed", str(seed)], "results.json", after) for seed in SEEDS]
+
+
+def fashion_mnist_probe(data: Path, runs: Path, encoder: str) -> Job:
+    """Linear probe and k-NN of an encoder."""
+    model = f"fashion_mnist/{encoder}"
+    words = ["run_linear_probe.py", "--recipe", "fashion_mnist_probe", "--dataset", str(data / "fashion_mnist")]
+    words += ["--model_name_or_path", str(runs / model)]
+    return Job(f"fashion_mnist/probe_{encoder}", words, "results.json", model)
+
+
+def vit_mae_jobs(data: Path, runs: Path) -> list[Job]:
+    """transformers' ViTMAE, trained as the ablations' baseline is."""
+    recipe = ["--recipe", "fashion_mnist_pretrain", "--dataset", str(data / "fashion_mnist"), *SHORT]
+    kinds = ("shipped", "repaired")
+    return [Job(f"fashion_mnist/vitmae_{k}", ["vit_mae.py", k, *recipe], "model.safetensors") for k in kinds]
+
+
+def fashion_mnist_jobs(data: Path, runs: Path) -> list[Job]:
+    """What pre-training is worth at each number of labels, and what is in the features as they are."""
+    # One step at a learning rate of 0 leaves the weights as they were drawn.
+    untrained = ["--images_per_epoch", "128", "--epochs", "1", "--warmup_epochs", "0", "--base_lr", "0"]
+    jobs = [
+        fashion_mnist_training(data, "pretrain"),
+        fashion_mnist_training(data, BASELINE, *SHORT),
+        *vit_mae_jobs(data, runs),
+        fashion_mnist_training(data, "random", *untrained),
+    ]
+    for encoder in ("scratch", "pretrain"):  # first what waits for no other job
+        for labels in LABELS:
+            jobs += fashion_mnist_finetuning(data, runs, encoder, labels)
+    for encoder in ("pretrain", BASELINE, "vitmae_shipped", "vitmae_repaired", "random"):
+        jobs.append(fashion_mnist_probe(data, runs, encoder))
+    of_encoder = fashion_mnist_probe(data, runs, "pretrain")
+    pixels = ["baselines.py", "pixels", *of_encoder.words[1:]]
+    return [*jobs, Job("fashion_mnist/probe_pixels", pixels, "results.json", of_encoder.after)]
+
+
+def ablation_jobs(data: Path, runs: Path) -> list[Job]:
+    """Fig. 5 and Table 1 of the paper in small: each change judged by a probe and by fine-tuning with few labels."""
+    jobs = [fashion_mnist_training(data, name, *SHORT, *settings) for name, settings in ABLATIONS.items()]
+    for name in ABLATIONS:
+        jobs += [fashion_mnist_probe(data, runs, name), *fashion_mnist_finetuning(data, runs, name, "60")]
+    return jobs
+
+
+def solar_cell_jobs(data: Path, runs: Path) -> list[Job]:
+    """In each fold: pre-training on its training images alone, fine-tuning from that, and from scratch."""
+    jobs = []
+    for fold in range(FOLDS):
+        dataset = ["--dataset", str(data / "elpv" / f"fold{fold}")]
+        pretrained = f"elpv/pretrain_fold{fold}"
+        jobs.append(Job(pretrained, ["run_pretrain.py", "--recipe", "elpv_pretrain", *dataset], "model.safetensors"))
+        scratch = ["run_finetune.py", "--recipe", "elpv_scratch", *dataset]
+        jobs.append(Job(f"elpv/ft_scratch_fold{fold}", scratch, "results.json"))
+        finetune = ["run_finetune.py", "--recipe", "elpv_finetune", *dataset]
+        finetune += ["--model_name_or_path", str(runs / pretrained)]
+        jobs.append(Job(f"elpv/ft_pretrain_fold{fold}", finetune, "results.json", pretrained))
+    return [*jobs, Job("elpv/baselines", ["baselines.py", "solar_cells"], "results.json")]
+
+
+JOBS: dict[str, Callable[[Path, Path], list[Job]]] = {
+    "fashion_mnist": fashion_mnist_jobs,
+    "vit_mae": vit_mae_jobs,
+    "ablations": ablation_jobs,
+    "solar_cells": solar_cell_jobs,
+}
+
+
+def command(job: Job, runs: Path) -> list[str]:
+    """The command line of a job."""
+    script, *settings = job.words
+    return [sys.executable, str(EXAMPLES / script), *settings, "--output_dir", str(runs / job.name)]
+
+
+def run_jobs(jobs: list[Job], runs: Path, side_by_side: int) -> None:
+    """Run what is not done yet, each in a process with one thread and with its own log file.
+
+    Raises:
+        ValueError: some of them failed; the others were run all the same.
+    """
+    running: dict[str, Future[bool]] = {}
+
+    def run(job: Job) -> bool:
+        if job.after in running and not running[job.after].result():
+            return False
+        if (runs / job.name / job.result).exists():
+            print(f"{job.name}: there already", flush=True)
+            return True
+        log = runs / f"{job.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with log.open("w") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command(job, runs), stdout=file, stderr=subprocess.STDOUT, env=environment)
+        minutes = (time.perf_counter() - started) / 60
+        print(f"{job.name}: {f'failed, see {log},' if done.returncode else 'done'} in {minutes:.1f} min", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(side_by_side) as pool:  # takes the jobs in order, so a job waits only for one that runs
+        for job in jobs:
+            running[job.name] = pool.submit(run, job)
+    if failed := [name for name, future in running.items() if not future.result()]:
+        raise ValueError(f"Not done: {', '.join(failed)}. The reasons are in their log files in {runs}.")
+
+
+def chosen_jobs(parts: list[str], only: list[str] | None, data: Path, runs: Path) -> list[Job]:
+    """The jobs of the parts, each once; of these, those that are named, by the whole name or its end."""
+    jobs = {job.name: job for part in parts if part in JOBS for job in JOBS[part](data, runs)}
+    if only is None:
+        return list(jobs.values())
+    short = {name.split("/")[1] for name in jobs}
+    for name in only:
+        if name not in jobs.keys() | short:
+            raise ValueError(f"There is no job {name!r}. {nearest(name, sorted(short))}")
+    return [job for name, job in jobs.items() if {name, name.split("/")[1]} & set(only)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(path: Path, rounds: int = 9, steps: int = 5) -> None:
+    """Images per second of a training step (forward, backward, AdamW) of each ablation, on one thread, to `path`.
+
+    One variant after the other in each of the rounds, so that a machine that slows down slows all of them; the median
+    of the rounds counts, and the spread is written beside it. Loading the images is the same for all and left out.
+    """
+    torch.set_num_threads(1)
+    variants: dict[str, Callable[[], None]] = {}
+    for name, settings in ABLATIONS.items():
+        words = ["--recipe", "fashion_mnist_pretrain", *settings]
+        recipe = parse_recipe(PretrainRecipe, words, EXAMPLES / "recipes")
+        config = recipe.config()
+        model = MAEForPreTraining(config)
+        model.set_attn_implementation(recipe.attn_implementation)
+        optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=1e-4, fused=True)
+        images = torch.randn(recipe.total_batch_size, config.num_channels, *config.image_shape)
+
+        def step(model=model, optimizer=optimizer, images=images, dtype=recipe.mixed_precision) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                loss = model(images).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()  # the first one makes the optimizer's state
+        variants[name] = step
+    speeds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, step in variants.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            speeds[name].append(steps * recipe.total_batch_size / (time.perf_counter() - started))
+    summary = {
+        name: {"median": statistics.median(of_rounds), "lowest": min(of_rounds), "highest": max(of_rounds)}
+        for name, of_rounds in speeds.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(runs: Path) -> dict:
+    """Everything that the tables and plots need, of the runs that are there; accuracies in per cent.
+
+    finetune: {encoder: {labels a class: [top-1 of each seed]}}; probe: {encoder: {linear, knn}}; speed: {ablation:
+    {median, lowest, highest}}; solar_cells: {method: [balanced accuracy of each fold]}.
+    """
+
+    def results(name: str) -> dict | None:
+        path = runs / name / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def percent(names: list[str], key: str) -> list[float]:
+        return [round(100 * found[key], 2) for found in map(results, names) if found is not None]
+
+    finetune: dict[str, dict[str, list[float]]] = {}
+    probe = {}
+    for encoder in ("scratch", "pretrain", "random", "pixels", "vitmae_shipped", "vitmae_repaired", *ABLATIONS):
+        for labels in LABELS:
+            if scores := percent([f"fashion_mnist/ft_{encoder}_{labels}_s{seed}" for seed in SEEDS], "top1"):
+                finetune.setdefault(encoder, {})[labels] = scores
+        if found := results(f"fashion_mnist/probe_{encoder}"):
+            probe[encoder] = {"linear": round(100 * found["top1"], 2), "knn": round(100 * found["knn"][KNN], 2)}
+    solar_cells = {
+        method: scores
+        for method in ("scratch", "pretrain")
+        if (scores := percent([f"elpv/ft_{method}_fold{fold}" for fold in range(FOLDS)], "balanced_accuracy"))
+    }
+    for method, found in (results("elpv/baselines") or {}).items():
+        solar_cells[method] = [round(100 * score, 2) for score in found["balanced_accuracy"]]
+    speed = results("fashion_mnist/speed") or {}
+    return {"finetune": finetune, "probe": probe, "speed": speed, "solar_cells": solar_cells}
+
+
+def mean_and_spread(scores: list[float] | None) -> str:
+    """Mean ± standard deviation of the sample; a dash where there is nothing."""
+    if not scores:
+        return "–"  # noqa: RUF001
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.1f}{spread}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def tables(results: dict) -> str:
+    """The README's tables."""
+    finetune, probe, speed, cells = (results[name] for name in ("finetune", "probe", "speed", "solar_cells"))
+
+    def number(found: dict | None, key: str, digits: int = 1) -> str:
+        return f"{found[key]:.{digits}f}" if found else "–"  # noqa: RUF001
+
+    encoders = {"scratch": "from scratch", "pretrain": "MAE, 40 epochs"}
+    by_labels = [
+        [title, *(mean_and_spread(finetune.get(name, {}).get(labels)) for labels in LABELS)]
+        for name, title in encoders.items()
+    ]
+    probed = {
+        "pretrain": "MAE, 40 epochs",
+        BASELINE: "MAE, 8 epochs",
+        "vitmae_repaired": "transformers' ViTMAE with its tables repaired, 8 epochs",
+        "vitmae_shipped": "transformers' ViTMAE as shipped, 8 epochs",
+        "random": "random weights",
+        "pixels": "raw pixels",
+    }
+    by_probe = [[t, number(probe.get(n), "linear"), number(probe.get(n), "knn")] for n, t in probed.items()]
+    by_ablation = [
+        [
+            " ".join(settings).replace("--", "") or "the recipe: mask_ratio 0.75, norm_pix_loss, decoder depth 2",
+            mean_and_spread(finetune.get(name, {}).get("60")),
+            number(probe.get(name), "linear"),
+            number(probe.get(name), "knn"),
+            number(speed.get(name), "median", digits=0),
+        ]
+        for name, settings in ABLATIONS.items()
+    ]
+    methods = {
+        "scratch": "from scratch",
+        "pretrain": "MAE pre-trained on the fold's training images",
+        "pixels": "raw pixels, 32x32, logistic regression",
+        "efficientnet": "frozen ImageNet EfficientNet-Lite0, logistic regression",
+    }
+    by_method = [
+        [title, *(f"{score:.1f}" for score in cells[name]), mean_and_spread(cells[name])]
+        for name, title in methods.items()
+        if len(cells.get(name, ())) == FOLDS
+    ]
+    fold_names = [f"fold {number}" for number in range(FOLDS)]
+    return "\n".join(
+        [
+            markdown(["Fashion-MNIST, labels a class", *LABELS], by_labels),
+            markdown(["Fashion-MNIST, frozen", "linear probe", f"k-NN ({KNN})"], by_probe),
+            markdown(
+                ["pre-training, 8 epochs", "fine-tuned, 60 labels", "linear probe", f"k-NN ({KNN})", "images/s"],
+                by_ablation,
+            ),
+            markdown(["solar cells, balanced accuracy", *fold_names, "mean"], by_method),
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plot_labels(results: dict, path: Path) -> None:
+    """Accuracy over the number of labels, with and without pre-training; a bar is the spread over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for encoder, title in (("pretrain", "MAE, fine-tuned"), ("scratch", "from scratch")):
+        scores = results["finetune"].get(encoder, {})
+        means = [statistics.mean(of_seeds) for of_seeds in scores.values()]
+        spreads = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0 for of_seeds in scores.values()]
+        axes.errorbar([int(labels) for labels in scores], means, spreads, marker="o", capsize=4, label=title)
+    axes.set_xscale("log")
+    axes.set_xticks([int(labels) for labels in LABELS], labels=LABELS)
+    axes.minorticks_off()
+    axes.set(xlabel="labels a class", ylabel="accuracy on the test images (%)", title="Fashion-MNIST")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def plot_ablations(results: dict, path: Path) -> None:
+    """Accuracy over the mask ratio (the paper's Fig. 5), and the speed beside it."""
+    from matplotlib.figure import Figure
+
+    ratios = {name: int(name.removeprefix("ab_ratio")) for name in ABLATIONS if name.startswith("ab_ratio")}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    finetuned, linear, speed = figure.subplots(1, 3)
+
+    def curve(axes, title: str, values: dict[str, float], spreads: dict[str, float]) -> None:
+        names = [name for name in ratios if name in values]
+        bars = [spreads.get(name, 0) for name in names]
+        axes.errorbar([ratios[n] for n in names], [values[n] for n in names], bars, marker="o", capsize=4)
+        axes.set(xlabel="hidden patches (%)", title=title)
+        axes.set_xticks([25, 50, 75, 90])
+        axes.grid(alpha=0.3)
+
+    scores = {name: found["60"] for name, found in results["finetune"].items() if name in ratios and "60" in found}
+    spreads = {name: statistics.stdev(of_seeds) for name, of_seeds in scores.items() if len(of_seeds) > 1}
+    means = {name: statistics.mean(of_seeds) for name, of_seeds in scores.items()}
+    curve(finetuned, "fine-tuned, 60 labels (%)", means, spreads)
+    curve(linear, "linear probe (%)", {name: found["linear"] for name, found in results["probe"].items()}, {})
+    curve(speed, "pre-training, images/s", {name: found["median"] for name, found in results["speed"].items()}, {})
+    speed.set_ylim(bottom=0)
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["data", *JOBS, "speed", "tables", "plots"], metavar="PART")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="jobs to run; else all of the parts")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run side by side")
+    parser.add_argument("--list", action="store_true", help="show the commands, and run none")
+    chosen = parser.parse_args(arguments)
+
+    jobs = chosen_jobs(chosen.parts, chosen.only, chosen.data, chosen.runs)
+    if chosen.list:
+        for job in jobs:
+            print(shlex.join(command(job, chosen.runs)))
+        return
+    if "data" in chosen.parts:
+        for name, make in DATA_SETS.items():
+            if not (chosen.data / name).exists():
+                aside = chosen.data / f".{name}.partial"
+                make(aside)
+                aside.rename(chosen.data / name)
+    run_jobs(jobs, chosen.runs, chosen.jobs)
+    if "speed" in chosen.parts:
+        measure_speed(chosen.runs / "fashion_mnist" / "speed" / "results.json")
+    if "tables" in chosen.parts:
+        results = collect(chosen.runs)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(tables(results))
+    if "plots" in chosen.parts:
+        results = json.loads(RESULTS.read_text())
+        plot_labels(results, CARDS / "fashion_mnist_labels.png")
+        plot_ablations(results, CARDS / "ablations.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"reproduce.py: {error}")
