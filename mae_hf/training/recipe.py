@@ -89,6 +89,13 @@ class Recipe:
     )
     save_every: int = setting(1000, "optimizer steps between two checkpoints; there is always one at the end")
     keep_checkpoints: int = setting(2, "how many checkpoints stay on disk")
+    max_skipped_images: float = setting(
+        0.01, "share of the images that may be unreadable, and are replaced by others, before the run stops"
+    )
+    max_skipped_steps: int = setting(
+        0, "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits"
+    )
+    process_timeout: int = setting(1800, "seconds after which a process that others wait for counts as lost")
     report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")
     output_dir: str = setting("runs/run", "the run folder")
 
@@ -381,6 +388,9 @@ MAY_CHANGE = frozenset(
         "save_every",
         "keep_checkpoints",
         "picture_every",
+        "max_skipped_images",
+        "max_skipped_steps",
+        "process_timeout",
         "report_to",
         "output_dir",
         "push_to_hub",
