@@ -1,4 +1,7 @@
-"""A Hub of our own for every test: huggingface_hub reads its settings when it is imported, so they are set before."""
+"""What several files of tests use; and a Hub of our own for every test.
+
+huggingface_hub reads its settings when it is imported, so they are set before.
+"""
 
 import os
 import shutil
@@ -8,8 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub import WRITE_TOKEN, Hub
+from PIL import Image
 
 assert "huggingface_hub" not in sys.modules, "huggingface_hub was imported before its settings could be made"
 
@@ -56,3 +61,33 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine cats, eight dogs, seven eels, colour images of stripes: upright, lying and slanting."""
+    folder = tmp_path_factory.mktemp("pets")
+    rows, columns = np.mgrid[:24, :24]
+    for name, count, wave in (("cat", 9, columns), ("dog", 8, rows), ("eel", 7, rows + columns)):
+        (folder / name).mkdir()
+        for index in range(count):
+            grey = 127 + 100 * np.sin(0.8 * wave + index)
+            Image.fromarray(np.repeat(grey.astype(np.uint8)[..., None], 3, 2)).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny masked autoencoder with random weights, and the image processor that it was trained with."""
+    import torch  # not above, nor the next two: they import huggingface_hub
+    from tiny import tiny_config
+
+    from mae_hf import MAEForPreTraining
+    from mae_hf.training.augment import image_processor
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    model = MAEForPreTraining(tiny_config())
+    model.save_pretrained(folder)
+    image_processor(model.config.image_shape, 1.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).save_pretrained(folder)
+    return folder

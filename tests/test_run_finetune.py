@@ -10,15 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from hub import Hub
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
-from tiny import tiny_config
 from torch import Tensor
 from transformers import pipeline
 
-from mae_hf import MAEForImageClassification, MAEForPreTraining
-from mae_hf.training.augment import image_processor
+from mae_hf import MAEForImageClassification
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -27,29 +24,6 @@ SMALL = [
     *("--total_batch_size", "4", "--epochs", "4", "--warmup_epochs", "1", "--num_workers", "0", "--log_every", "1"),
     *("--base_lr", "0.1", "--eval_fraction", "0.25"),
 ]
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine cats, eight dogs, seven eels, colour images of stripes: upright, lying and slanting."""
-    folder = tmp_path_factory.mktemp("pets")
-    rows, columns = np.mgrid[:24, :24]
-    for name, count, wave in (("cat", 9, columns), ("dog", 8, rows), ("eel", 7, rows + columns)):
-        (folder / name).mkdir()
-        for index in range(count):
-            grey = 127 + 100 * np.sin(0.8 * wave + index)
-            Image.fromarray(np.repeat(grey.astype(np.uint8)[..., None], 3, 2)).save(folder / name / f"{index}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = MAEForPreTraining(tiny_config())
-    model.save_pretrained(folder)
-    image_processor(model.config.image_shape, 1.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).save_pretrained(folder)
-    return folder
 
 
 def finetune(dataset: Path, checkpoint: Path | None, output_dir: Path, *arguments: str) -> list[dict]:

@@ -1,11 +1,12 @@
 """How good a classifier is: every image of a source counted once, over all processes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,25 +66,35 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
 
 
 @torch.no_grad()
+def apply_to_images(
+    function: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What a function says of every image of `evaluation_batches`: pixel_values (B, C, H, W) -> (B, ...).
+
+    Returns:
+        The results (M, ...) float32 and the labels (M,) int64, on the CPU of every process: each image once, in the
+        order of the source, however many processes there are. What only fills up a batch is left out.
+    """
+    results, labels = [], []
+    for batch in batches:
+        result = gather(function(batch["pixel_values"]).float())
+        label = gather(batch["label"].to(result.device))
+        real = label != PADDING
+        results.append(result[real].cpu())
+        labels.append(label[real].cpu())
+    return torch.cat(results), torch.cat(labels)
+
+
 def predict(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], normalize: Normalize, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`, the same on every process.
-
-    The images come in rounds over the processes; what only fills up a batch is left out.
-    """
+    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`, the same on every process."""
     was_training = model.training
     model.eval()
-    all_logits, all_labels = [], []
-    for batch in batches:
-        with accelerator.autocast():
-            logits = model(normalize(batch["pixel_values"])).logits.float()
-        logits, labels = accelerator.gather((logits, batch["label"].to(logits.device)))
-        real = labels != PADDING
-        all_logits.append(logits[real].cpu())
-        all_labels.append(labels[real].cpu())
+    with accelerator.autocast():
+        logits, labels = apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches)
     model.train(was_training)
-    return torch.cat(all_logits), torch.cat(all_labels)
+    return logits, labels
 
 
 def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str], path: Path | str) -> None:

@@ -1,9 +1,10 @@
-"""What the optimizer needs: parameter groups and the learning rate of a step."""
+"""What the optimizer needs: parameter groups and the learning rate of a step; and LARS, which torch does not have."""
 
 import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..modeling_mae import MAEForImageClassification
 
@@ -80,3 +81,63 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float, min_lr
         return peak_lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_lr + (peak_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum in which each matrix steps in proportion to its own norm (arXiv 1708.03888, Algorithm 1).
+
+    The learning rate multiplies the momentum when it is applied, as in torch's SGD, and not before it is accumulated,
+    as in Algorithm 1: the same thing while the learning rate is constant. Parameters of one dimension are biases and
+    norms, which are neither decayed nor scaled.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the global learning rate.
+        weight_decay: added to the gradient, as a share of the weight.
+        momentum: share of the last update that is kept.
+        trust_coefficient: length of an update as a share of the length of the weight, at a learning rate of 1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # accelerate passes closure=None
+        """One step along the gradients; parameters without one stay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                update = self._local_update(parameter, group["weight_decay"], group["trust_coefficient"])
+                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+
+    @staticmethod
+    def _local_update(parameter: Tensor, weight_decay: float, trust_coefficient: float) -> Tensor:
+        """The gradient and the decay, times the local learning rate of equation 6."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if parameter.ndim <= 1:
+            return gradient
+        length = parameter.norm()
+        pull = gradient.norm() + weight_decay * length
+        # A weight of zeros would never leave zero, and without any pull this is 0 / 0. Decided on the device, so that
+        # no step waits for it.
+        local_lr = torch.where((length > 0) & (pull > 0), trust_coefficient * length / pull, 1.0)
+        return local_lr * (gradient + weight_decay * parameter)

@@ -341,14 +341,20 @@ class FinetuneRecipe(LabelledRecipe):
 class ProbeRecipe(LabelledRecipe):
     """Probing a frozen encoder (Table 10: ViT-B/16 on ImageNet-1k, LARS, 90 epochs, batch 16384)."""
 
-    probe: str = setting("linear", "linear, on the pooled features; or attentive, on the tokens by cross-attention")
+    probe: str = setting(
+        "linear",
+        "linear, on the pooled features, with LARS; or attentive, on all tokens by cross-attention, with AdamW, which "
+        "wants a base_lr about 1e-3 and a total_batch_size about 1024",
+    )
     augment: bool = setting(
         True, "look at random crops, as in the paper; without, each feature is computed just once and used every epoch"
     )
     crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
     pooling: str = setting("cls", "what a linear probe sees: cls, the class token, or mean of the patch tokens")
-    attention_heads: int = setting(8, "heads of the attentive probe")
-    knn_k: list[int] = setting([10, 20, 100, 200], "neighbours that vote")
+    attention_heads: int = setting(8, "heads of an attentive probe")
+    knn_k: list[int] = setting(
+        [10, 20, 100, 200], "neighbours that vote; k-NN is low by nature for a masked autoencoder"
+    )
     knn_temperature: float = setting(0.07, "of the votes, as in DINO")
 
     total_batch_size: int = setting(16384, "images in one optimizer step, over all processes and accumulation")
@@ -361,7 +367,7 @@ class ProbeRecipe(LabelledRecipe):
     selection_fraction: float = setting(
         0.1, "share of each class taken out of the training images to choose among base_lrs; the judging images don't"
     )
-    weight_decay: float = setting(0.0, "of the probe's matrix")
+    weight_decay: float = setting(0.0, "of the probe's matrices")
     momentum: float = setting(0.9, "of LARS")
     output_dir: str = setting("runs/probe", "the run folder")
 
@@ -373,6 +379,28 @@ class ProbeRecipe(LabelledRecipe):
             raise ValueError("A probe needs an encoder to look at: --model_name_or_path.")
         if not 0 < self.selection_fraction < 1:
             raise ValueError(f"selection_fraction must lie between 0 and 1, but is {self.selection_fraction}.")
+        if self.base_lrs is not None and len(set(self.base_lrs)) < max(2, len(self.base_lrs)):
+            raise ValueError(f"base_lrs must be several learning rates, but is {self.base_lrs}: base_lr is for one.")
+        if self.base_lrs is not None and self.streaming:
+            raise ValueError("A stream cannot be divided by class to choose among base_lrs: leave streaming out.")
+        if self.probe == "attentive" and max(self.effective_lrs) > 0.1:
+            raise ValueError(
+                f"An effective learning rate of {max(self.effective_lrs):.3g} is one of LARS, and an attentive probe "
+                f"is trained with AdamW: set --base_lr 1e-3 --total_batch_size 1024, for instance."
+            )
+        for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "license"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"A probe is no model to publish, so {name} has no effect: leave it out.")
+
+    @property
+    def all_base_lrs(self) -> list[float]:
+        """One probe is trained for each."""
+        return self.base_lrs or [self.base_lr]
+
+    @property
+    def effective_lrs(self) -> list[float]:
+        """The peak learning rates of all probes, by the linear scaling rule."""
+        return [base_lr * self.total_batch_size / 256 for base_lr in self.all_base_lrs]
 
 
 # What a run may be continued with although the recipe in its folder says otherwise.

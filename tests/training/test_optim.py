@@ -1,10 +1,13 @@
-"""Parameter groups and the learning rate, against numbers written by hand."""
+"""Parameter groups and the learning rate, against numbers written by hand; LARS against a slow loop over numbers."""
+
+import math
 
 import pytest
+import torch
 from tiny import tiny_config
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining
-from mae_hf.training.optim import freeze, layerwise_groups, lr_at, parameter_groups
+from mae_hf.training.optim import LARS, freeze, layerwise_groups, lr_at, parameter_groups
 
 
 def test_parameter_groups__every_trainable_parameter_once() -> None:
@@ -101,3 +104,52 @@ def test_lr_at__by_hand(step: int, expected: float) -> None:
 def test_lr_at__ends_at_the_minimum_and_needs_no_warmup() -> None:
     assert lr_at(0, total_steps=10, warmup_steps=0, peak_lr=1.0, min_lr=0.1) == 1.0
     assert lr_at(10, total_steps=10, warmup_steps=0, peak_lr=1.0, min_lr=0.1) == pytest.approx(0.1)
+
+
+def slow_lars(weights: list[float], gradients: list[list[float]], lrs: list[float], decay: float) -> list[float]:
+    """The weights of one matrix after a step along each of the gradients, number by number; momentum 0.9."""
+    momenta = [0.0] * len(weights)
+    for gradient, lr in zip(gradients, lrs, strict=True):
+        length = math.sqrt(sum(weight**2 for weight in weights))
+        gradient_length = math.sqrt(sum(value**2 for value in gradient))
+        local_lr = 0.01 * length / (gradient_length + decay * length)
+        for i, value in enumerate(gradient):
+            momenta[i] = 0.9 * momenta[i] + local_lr * (value + decay * weights[i])
+        weights = [weight - lr * momentum for weight, momentum in zip(weights, momenta, strict=True)]
+    return weights
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_lars__is_the_slow_loop(decay: float) -> None:
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    gradients, lrs = torch.randn(5, 2, 3, dtype=torch.float64), [0.0, 0.5, 2.0, 1.0, 0.1]
+    expected = slow_lars(matrix.flatten().tolist(), gradients.flatten(1).tolist(), lrs, decay)
+    optimizer = LARS([matrix], lr=0.0, weight_decay=decay, momentum=0.9, trust_coefficient=0.01)
+    for gradient, lr in zip(gradients, lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        matrix.grad = gradient.clone()
+        optimizer.step()
+    assert matrix.flatten().tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_lars__biases_are_neither_decayed_nor_scaled() -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(7)
+    parameters = [torch.nn.Parameter(bias.clone()) for _ in range(2)]
+    lars = LARS([parameters[0]], lr=0.1, weight_decay=0.5, momentum=0.9)
+    sgd = torch.optim.SGD([parameters[1]], lr=0.1, weight_decay=0.0, momentum=0.9)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.full((7,), 2.0)
+        lars.step()
+        sgd.step()
+    assert torch.allclose(*parameters)
+
+
+def test_lars__zeros_move_and_stay_finite() -> None:
+    zeros, still = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    zeros.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    LARS([zeros, still], lr=0.1).step()
+    assert torch.equal(zeros.data, torch.full((2, 2), -0.1))
+    assert torch.equal(still.data, torch.ones(2, 2))

@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mae_hf.training.augment import image_processor
 from mae_hf.training.recipe import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     MAY_CHANGE,
     FinetuneRecipe,
     PretrainRecipe,
     ProbeRecipe,
     Recipe,
     as_yaml,
+    checkpoint_normalisation,
     parse_recipe,
 )
 
@@ -95,6 +99,38 @@ def test_labelled_recipe__refuses_with_a_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             parse_recipe(FinetuneRecipe, words, RECIPES)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_imagenet_probes__are_table_10(size: str) -> None:
+    recipe = parse_recipe(ProbeRecipe, ["--recipe", f"probe_vit_{size}"], RECIPES)
+    assert recipe.effective_lrs == [pytest.approx(6.4)]  # 0.1 * 16384 / 256
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.momentum, recipe.weight_decay) == (90, 10, 0.9, 0)
+    assert (recipe.probe, recipe.pooling, recipe.augment, recipe.min_lr) == ("linear", "cls", True, 0)
+    assert (recipe.crop_scale, recipe.horizontal_flip, recipe.center_crop) == ([0.08, 1.0], True, 0.875)
+
+
+def test_probe_recipe__refuses_with_a_sentence() -> None:
+    whole = ["--model_name_or_path", "somewhere", "--eval_split", "test"]
+    for words, sentence in (
+        (["--eval_split", "test"], "A probe needs an encoder to look at"),
+        ([*whole, "--probe", "quadratic"], "probe must be 'linear' or 'attentive', but is 'quadratic'"),
+        ([*whole, "--base_lrs", "0.1"], r"base_lrs must be several learning rates, but is \[0.1\]"),
+        ([*whole, "--base_lrs", "0.1", "0.2", "0.1"], "base_lrs must be several learning rates"),
+        ([*whole, "--base_lrs", "0.1", "1", "--streaming", "true"], "A stream cannot be divided by class to choose"),
+        ([*whole, "--probe", "attentive"], "An effective learning rate of 6.4 is one of LARS"),
+        ([*whole, "--push_to_hub", "--hub_model_id", "a/b"], "A probe is no model to publish, so push_to_hub has no"),
+        ([*whole, "--license", "mit"], "so license has no effect"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            parse_recipe(ProbeRecipe, words, RECIPES)
+
+
+def test_checkpoint_normalisation__is_that_of_the_processor(tmp_path: Path) -> None:
+    assert checkpoint_normalisation(None) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert checkpoint_normalisation(str(tmp_path)) == (IMAGENET_MEAN, IMAGENET_STD)
+    image_processor((28, 28), 1.0, [0.25], [0.5]).save_pretrained(tmp_path)
+    assert checkpoint_normalisation(str(tmp_path)) == ([0.25], [0.5])
 
 
 def test_parse__command_line_over_file_over_default(tmp_path: Path) -> None:

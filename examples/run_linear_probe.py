@@ -1,0 +1,334 @@
+"""Probe a frozen encoder: k-NN on its features, and a linear classifier or an attentive one that is trained on them.
+
+    accelerate launch examples/run_linear_probe.py --model_name_or_path runs/quickstart --eval_fraction 0.2 \\
+        --horizontal_flip false --augment false --total_batch_size 256     # the digits
+    accelerate launch examples/run_linear_probe.py --model_name_or_path runs/mine --dataset path/to/images \\
+        --eval_fraction 0.2 --augment false --total_batch_size 1024 --base_lrs 0.03 0.1 0.3 1
+    accelerate launch examples/run_linear_probe.py --recipe probe_vit_base
+
+Settings are those of mae_hf.training.recipe.ProbeRecipe (--help lists them): the paper's as defaults, then a recipe
+file, then the command line. Starting again in a run folder continues the run.
+"""
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mae_hf import MAEModel
+from mae_hf.training.augment import eval_transform, train_transform
+from mae_hf.training.data import LabelledImages, batches, make_schedule
+from mae_hf.training.evaluate import (
+    AttentiveProbe,
+    LinearProbe,
+    SideBySide,
+    extract_features,
+    feature_batches,
+    frozen_encoder,
+    knn_accuracy,
+    pool,
+)
+from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
+from mae_hf.training.optim import LARS, lr_at, parameter_groups
+from mae_hf.training.recipe import ProbeRecipe, parse_recipe
+from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
+from mae_hf.training.sources import ImageSource, hold_out, open_labelled
+
+EXAMPLES = Path(__file__).resolve().parent
+
+
+def load_encoder(recipe: ProbeRecipe) -> MAEModel:
+    """The encoder of the recipe's checkpoint, every weight of it."""
+    config = recipe.checkpoint_config(may_differ=("image_size", "pooling"))
+    encoder, loaded = MAEModel.from_pretrained(
+        recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if loaded["missing_keys"]:
+        raise ValueError(
+            f"{recipe.model_name_or_path} has no {', '.join(sorted(loaded['missing_keys']))}, so that its features "
+            f"would be partly random. A classifier that pools the mean has no final norm: probe the checkpoint that it "
+            f"came from."
+        )
+    if recipe.attn_implementation:
+        encoder.set_attn_implementation(recipe.attn_implementation)
+    return encoder
+
+
+def build_probes(recipe: ProbeRecipe, width: int, num_labels: int) -> SideBySide:
+    """A probe for each learning rate, all with the same initial weights."""
+    probe: nn.Module
+    if recipe.probe == "linear":
+        probe = LinearProbe(width, num_labels)
+    else:
+        probe = AttentiveProbe(width, num_labels, recipe.attention_heads)
+    return SideBySide(copy.deepcopy(probe) for _ in recipe.all_base_lrs)
+
+
+def build_optimizer(recipe: ProbeRecipe, probes: SideBySide) -> torch.optim.Optimizer:
+    """LARS for a linear probe, AdamW for an attentive one; the groups of each probe know its peak learning rate.
+
+    LARS was made for one matrix at a huge batch. The attentive probe is a piece of a transformer: the gradients of
+    its query and its projections differ by orders of magnitude, which AdamW evens out number by number.
+    """
+    groups = [
+        {**group, "peak_lr": peak_lr}
+        for probe, peak_lr in zip(probes, recipe.effective_lrs, strict=True)
+        for group in parameter_groups(probe, recipe.weight_decay)
+    ]
+    if recipe.probe == "linear":
+        return LARS(groups, lr=0.0, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # ----------------------------------------------------------------------------------------------------------------
+    # Recipe, processes, images, encoder
+    # ----------------------------------------------------------------------------------------------------------------
+    recipe = parse_recipe(ProbeRecipe, arguments, EXAMPLES / "recipes")
+    trackers = None if recipe.report_to == "none" else recipe.report_to
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+    )
+    say, device = accelerator.print, accelerator.device
+
+    with accelerator.main_process_first():  # the others find what it has written to the cache
+        source, judges = open_labelled(recipe)
+        selection = None
+        if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered
+            source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
+    label_names = source.label_names or []
+    set_seed(recipe.seed)
+    encoder = load_encoder(recipe).to(device)
+    config = encoder.config
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    recipe = folder.recipe
+    is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
+
+    schedule = make_schedule(
+        source,
+        recipe.epochs,
+        recipe.total_batch_size,
+        recipe.per_device_batch_size,
+        accelerator.num_processes,
+        recipe.images_per_epoch,
+    )
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+
+    probes = build_probes(recipe, config.hidden_size, len(label_names))
+    optimizer = build_optimizer(recipe, probes)
+    probes, optimizer = accelerator.prepare(probes, optimizer)
+    bare_probes = accelerator.unwrap_model(probes)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Say what is about to happen; resume if the folder has a checkpoint
+    # ----------------------------------------------------------------------------------------------------------------
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
+    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
+    say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
+    say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
+    say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
+    say(f"probe     {recipe.probe}, on the {seen_by_linear if is_linear else 'tokens'}")
+    say(f"device    {accelerator.num_processes} x {device.type}, precision {accelerator.mixed_precision}")
+    say(
+        f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "
+        f"{schedule.micro_batch_size} images x {schedule.rounds} rounds of accumulation"
+    )
+    for base_lr, effective_lr in zip(base_lrs, recipe.effective_lrs, strict=True):
+        say(f"lr        base {base_lr:.3g}, effective {effective_lr:.3g}")
+    if selection is not None:
+        say(f"choice    among them by {selection.length:,} further training images")
+    say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    say(f"folder    {folder.path}")
+
+    if accelerator.is_main_process:
+        folder.start()
+    if trackers is not None:
+        start_trackers(accelerator, recipe)
+    accelerator.wait_for_everyone()
+    first_step = folder.resume(accelerator)
+    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Features that are computed once
+    # ----------------------------------------------------------------------------------------------------------------
+    encode = frozen_encoder(encoder, recipe.image_mean, recipe.image_std, tokens=not is_linear)
+    eval_view = eval_transform(config.image_shape, recipe.center_crop)
+
+    def of_all(function: Callable[[Tensor], Tensor], images: ImageSource) -> tuple[Tensor, Tensor]:
+        """What the function says of the images as they are judged, without anything random; and their labels."""
+        fixed = LabelledImages(images, eval_view, config.num_channels, recipe.seed)
+        with accelerator.autocast():
+            return extract_features(function, fixed, recipe.per_device_batch_size, recipe.num_workers)
+
+    started = time.perf_counter()
+    if not recipe.augment:
+        features, labels = of_all(encode, source)
+        seconds = time.perf_counter() - started
+        say(
+            f"features  {len(labels):,} images encoded once in {seconds:.0f} s, {features.nbytes / 2**20:,.0f} MiB; at "
+            f"each of {recipe.epochs} epochs it would be {recipe.epochs * len(labels):,} images, about "
+            f"{recipe.epochs * seconds:.0f} s"
+        )
+    features_seconds = time.perf_counter() - started
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loop
+    # ----------------------------------------------------------------------------------------------------------------
+    index = accelerator.process_index
+    if recipe.augment:
+        transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
+        images = LabelledImages(source, transform, config.num_channels, recipe.seed)
+        loader = batches(images, schedule, first_step, index, recipe.num_workers, recipe.shuffle_buffer)
+        data = DataClock(iter(loader))
+    else:
+        data = DataClock(feature_batches(features, labels, schedule, first_step, index, recipe.seed))
+
+    def encoded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features and labels of a micro-batch, on the device."""
+        if not recipe.augment:
+            return batch["features"].to(device), batch["label"].to(device)
+        with accelerator.autocast():
+            return encode(batch["pixel_values"]), batch["label"].to(device)
+
+    progress = Progress(total_steps, first_step, accelerator.is_main_process)
+    probes.train()
+    parts = 1 if is_linear else schedule.rounds
+    loss_sums = torch.zeros(len(base_lrs), device=device)
+    logged_step, logged_time = first_step, time.perf_counter()
+    for step in range(first_step + 1, total_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step - 1, total_steps, warmup_steps, group["peak_lr"], recipe.min_lr)
+        gathered: list[tuple[Tensor, Tensor]] = []
+        for _ in range(schedule.rounds):
+            seen, targets = encoded(next(data))
+            if is_linear:
+                # BatchNorm has to see the whole batch, whatever it is divided into. Nothing flows back into the
+                # encoder, so that the features of all rounds and processes are all that has to be kept.
+                gathered.append((seen, targets))
+                if len(gathered) < schedule.rounds:
+                    continue
+                seen, targets = (accelerator.gather(torch.cat(tensors)) for tensors in zip(*gathered, strict=True))
+            losses = torch.stack([F.cross_entropy(logits, targets) for logits in probes(seen)])  # (S,)
+            accelerator.backward(losses.sum() / parts)  # the probes share nothing, so each gets its own gradient
+            loss_sums += losses.detach() / parts
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.advance()
+
+        if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
+            steps = step - logged_step
+            means = (accelerator.reduce(loss_sums, "mean") / steps).nan_to_num(math.inf, math.inf).tolist()
+            lowest = min(range(len(means)), key=means.__getitem__)
+            if math.isinf(means[lowest]):
+                raise FloatingPointError(
+                    f"The loss is not finite between steps {logged_step + 1} and {step}. The last checkpoint is "
+                    f"{folder.newest_checkpoint()}; a lower --base_lr usually helps."
+                )
+            seconds = time.perf_counter() - logged_time
+            record = {
+                "step": step,
+                "epoch": step / schedule.steps_per_epoch,
+                "loss": means[lowest],  # of the probe that fits best, with its learning rate
+                "lr": lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lrs[lowest], recipe.min_lr),
+                "images_per_second": steps * recipe.total_batch_size / seconds,
+                "data_wait": data.waited / seconds,
+            }
+            if accelerator.is_main_process:
+                folder.log(record)
+            accelerator.log(record, step=step)
+            progress.show(record)
+            loss_sums.zero_()
+            data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
+        if step % recipe.save_every == 0 or step == total_steps:
+            folder.save(accelerator, step, recipe.keep_checkpoints)
+    progress.close()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The choice, the judgement, the neighbours
+    # ----------------------------------------------------------------------------------------------------------------
+    bare_probes.eval()
+
+    def pooled(seen: Tensor) -> Tensor:
+        return seen if is_linear else pool(seen, recipe.pooling)
+
+    def judge(images: ImageSource) -> tuple[list[ClassificationMetrics], Tensor, Tensor]:
+        """The metrics of each probe; and the pooled features (M, D) with the labels (M,), from the same pass."""
+
+        def look(pixel_values: Tensor) -> Tensor:
+            seen = encode(pixel_values)
+            logits = bare_probes(seen).transpose(0, 1).flatten(1)  # (B, SK)
+            return torch.cat([pooled(seen), logits], dim=1)
+
+        seen, targets = of_all(look, images)
+        logits = seen[:, config.hidden_size :].unflatten(1, (len(base_lrs), -1))  # (M, S, K)
+        metrics = [classification_metrics(of_probe, targets) for of_probe in logits.unbind(1)]
+        return metrics, seen[:, : config.hidden_size], targets
+
+    chosen, top1_of_choice = 0, None
+    if selection is not None:
+        top1_of_choice = [metrics.top1 for metrics in judge(selection)[0]]
+        chosen = top1_of_choice.index(max(top1_of_choice))
+    judged, eval_features, eval_labels = judge(judges)
+
+    started = time.perf_counter()
+    if recipe.augment:
+        features, labels = of_all(lambda pixel_values: pooled(encode(pixel_values)), source)
+    else:
+        features = pooled(features)
+    features_seconds += time.perf_counter() - started
+    ks = [k for k in recipe.knn_k if k <= len(labels)]
+    knn = {}
+    if ks:  # every process counts for itself: it has everything, and it takes seconds
+        of_train, of_judges = (
+            (features.to(device), labels.to(device)),
+            (eval_features.to(device), eval_labels.to(device)),
+        )
+        knn = knn_accuracy(*of_train, *of_judges, ks, recipe.knn_temperature)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The results, and the probe
+    # ----------------------------------------------------------------------------------------------------------------
+    names = [f"{base_lr:g}" for base_lr in base_lrs]
+    best = judged[chosen]
+    results = {
+        recipe.probe: {name: metrics.top1 for name, metrics in zip(names, judged, strict=True)},
+        "selection": None if top1_of_choice is None else dict(zip(names, top1_of_choice, strict=True)),
+        "chosen_base_lr": base_lrs[chosen],
+        **best.summary(),
+        "per_class": dict(zip(label_names, best.per_class, strict=True)),
+        "knn": {str(k): top1 for k, top1 in knn.items()},
+        "train_images": len(labels),
+        "eval_images": best.count,
+        "features_seconds": features_seconds,  # of the training images, without crops
+    }
+    if accelerator.is_main_process:
+        (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        save_file(bare_probes[chosen].state_dict(), folder.path / "probe.safetensors")
+    accelerator.end_training()
+    for position, name in enumerate(names):
+        of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the choosing images, "
+        say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the judging images")
+    for k, top1 in knn.items():
+        say(f"k-NN {k:<11} {top1:.2%}")
+    say(
+        f"{recipe.probe} probe: top-1 {best.top1:.2%}  top-5 {best.top5:.2%}  on {best.count:,} images, at base lr "
+        f"{names[chosen]}. All numbers are in {folder.path / 'results.json'}, the probe beside it."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # something that the user can mend, said in a sentence
+        sys.exit(f"run_linear_probe.py: {error}")
