@@ -8,12 +8,10 @@ Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them):
 file, then the command line. Starting again in a run folder continues the run.
 """
 
-import math
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -216,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         progress.advance()
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
-            mean_loss = fmean(losses.values(step, names) or [math.nan])
+            (mean_loss,) = losses.mean(step, names)
             skipped.gather(step * recipe.total_batch_size)
             steps, seconds = step - logged_step, time.perf_counter() - logged_time
             record = {

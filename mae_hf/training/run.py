@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class RunFolder:
         """The complete checkpoint with the highest step, or None."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def save(self, accelerator: Accelerator, step: int, losses: list[float], keep: int) -> None:
+    def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
         """Write a checkpoint after `step` optimizer steps; every process calls this.
 
         `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
@@ -126,7 +127,7 @@ class RunFolder:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def resume(self, accelerator: Accelerator) -> tuple[int, list[float]]:
+    def resume(self, accelerator: Accelerator) -> tuple[int, list[list[float]]]:
         """Load the newest intact checkpoint into everything that was prepared.
 
         Returns:
@@ -255,15 +256,15 @@ class StepLosses:
         earlier: those before an interruption, of `RunFolder.resume`.
     """
 
-    def __init__(self, accelerator: Accelerator, earlier: list[float]) -> None:
+    def __init__(self, accelerator: Accelerator, earlier: list[list[float]]) -> None:
         self.accelerator, self.known = accelerator, list(earlier)
         self.pending: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
-        """The loss () of one more step, of this process."""
-        self.pending.append(loss.detach())
+        """The loss of one more step, of this process: () or, of S models side by side, (S,)."""
+        self.pending.append(loss.detach().reshape(-1))
 
-    def values(self, step: int, names_of_step: Callable[[int], list[str]]) -> list[float]:
+    def values(self, step: int, names_of_step: Callable[[int], list[str]]) -> list[list[float]]:
         """All of them, each a mean over the processes; every process calls this, and waits for its device.
 
         Args:
@@ -271,21 +272,25 @@ class StepLosses:
             names_of_step: what the images of a step are called.
 
         Raises:
-            FloatingPointError: one is not finite; with its step, and its images.
+            FloatingPointError: one is not finite, of all models; with its step, and its images.
         """
         if self.pending:
             self.known += self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
             self.pending.clear()
-        for back, loss in enumerate(reversed(self.known)):
-            if not math.isfinite(loss):
+        for back, losses in enumerate(reversed(self.known)):
+            if not any(math.isfinite(loss) for loss in losses):
                 names = names_of_step(step - back)
                 more = f" and {len(names) - NAMED_IMAGES} more" if len(names) > NAMED_IMAGES else ""
                 raise FloatingPointError(
-                    f"The loss of step {step - back} is {loss}; nothing was saved after it. A lower --base_lr or "
+                    f"The loss of step {step - back} is {losses[0]}; nothing was saved after it. A lower --base_lr or "
                     f"--mixed_precision bf16 usually helps, and --max_skipped_steps leaves such steps out. Its images: "
                     f"{', '.join(names[:NAMED_IMAGES])}{more}."
                 )
         return self.known
+
+    def mean(self, step: int, names_of_step: Callable[[int], list[str]]) -> list[float]:
+        """Mean over the steps, of each model; nan where every step was left out. See `values`."""
+        return [fmean(of_model) for of_model in zip(*self.values(step, names_of_step), strict=True)] or [math.nan]
 
     def clear(self) -> None:
         """A line of metrics was written."""

@@ -42,7 +42,7 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
     for step in (1, 2, 3):
         take_step(model, optimizer)
         folder.log({"step": step, "loss": 0.5})
-        folder.save(accelerator, step, [0.5], keep=2)
+        folder.save(accelerator, step, [[0.5]], keep=2)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     expected = model.weight.detach().clone()
 
@@ -51,7 +51,7 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
     with folder.metrics.open("a") as file:
         file.write('{"step": 5, "lo')  # cut off while writing
     (folder.checkpoints / ".step-00000004.partial").mkdir()  # and here, while saving
-    assert run_folder(tmp_path).resume(accelerator) == (3, [0.5])
+    assert run_folder(tmp_path).resume(accelerator) == (3, [[0.5]])
     assert torch.equal(model.weight, expected)
     assert [record["step"] for record in folder.history()] == [1, 2, 3]
     take_step(model, optimizer)
