@@ -6,6 +6,7 @@ interruption enters, so a run that is resumed at step s needs to know s and noth
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ MOST_PIXELS = 100_000_000  # in an image; ten times that of a good camera, 300 M
 LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorter one to 256 would fill the memory
 
 
+MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
 SPARE_ROWS = 16
 
 
@@ -58,6 +60,9 @@ def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
             shorter, longer = sorted(file.size)
             if shorter * longer > MOST_PIXELS or longer > LONGEST_SIDES * shorter:  # known before a pixel is decoded
                 raise ValueError(f"it says that it has {file.width}x{file.height} pixels.")
+            size = len(record["bytes"]) if record["bytes"] is not None else os.path.getsize(record["path"])
+            if file.format == "JPEG" and shorter * longer > size * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
+                raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {size} bytes.")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = _high_byte(image)

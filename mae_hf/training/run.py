@@ -112,11 +112,15 @@ class RunFolder:
                 (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
                 for file in aside.iterdir():
                     _flush(file)
-        except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
             needed, free = _checkpoint_bytes(accelerator) / 1e6, shutil.disk_usage(self.checkpoints).free / 1e6
+            if not isinstance(error, OSError) and free > needed:
+                raise  # a lost process, for instance
+            # On a full disk, safetensors and torch raise errors of their own, of a file position for instance.
+            reason = "the disk is full" if free < needed else error
             raise OSError(
-                f"The checkpoint of step {step} cannot be written to {self.checkpoints}: {error}. It needs about "
+                f"The checkpoint of step {step} cannot be written to {self.checkpoints}: {reason}. It needs about "
                 f"{needed:,.1f} MB, and {free:,.1f} MB are free. The older ones are intact: make room and start again."
             ) from error
         if accelerator.is_main_process:
@@ -277,12 +281,12 @@ class StepLosses:
         if self.pending:
             self.known += self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
             self.pending.clear()
-        for back, losses in enumerate(reversed(self.known)):
+        for first_bad, losses in enumerate(self.known, start=step - len(self.known) + 1):
             if not any(math.isfinite(loss) for loss in losses):
-                names = names_of_step(step - back)
+                names = names_of_step(first_bad)
                 more = f" and {len(names) - NAMED_IMAGES} more" if len(names) > NAMED_IMAGES else ""
                 raise FloatingPointError(
-                    f"The loss of step {step - back} is {losses[0]}; nothing was saved after it. A lower --base_lr or "
+                    f"The loss of step {first_bad} is {losses[0]}; nothing was saved after it. A lower --base_lr or "
                     f"--mixed_precision bf16 usually helps, and --max_skipped_steps leaves such steps out. Its images: "
                     f"{', '.join(names[:NAMED_IMAGES])}{more}."
                 )
