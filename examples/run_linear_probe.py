@@ -1,9 +1,9 @@
 """Probe a frozen encoder: k-NN on its features, and a linear classifier or an attentive one that is trained on them.
 
     accelerate launch examples/run_linear_probe.py --model_name_or_path runs/quickstart --eval_fraction 0.2 \\
-        --horizontal_flip false --augment false --total_batch_size 256     # the digits
+        --center_crop 1 --augment false --total_batch_size 256 --base_lrs 1 3 10 30        # the digits
     accelerate launch examples/run_linear_probe.py --model_name_or_path runs/mine --dataset path/to/images \\
-        --eval_fraction 0.2 --augment false --total_batch_size 1024 --base_lrs 0.03 0.1 0.3 1
+        --eval_fraction 0.2 --augment false --total_batch_size 1024 --base_lrs 0.1 0.3 1 3 10
     accelerate launch examples/run_linear_probe.py --recipe probe_vit_base
 
 Settings are those of mae_hf.training.recipe.ProbeRecipe (--help lists them): the paper's as defaults, then a recipe

@@ -363,7 +363,9 @@ class ProbeRecipe(LabelledRecipe):
     total_batch_size: int = setting(16384, "images in one optimizer step, over all processes and accumulation")
     epochs: int = setting(90, "passes over the images")
     warmup_epochs: float = setting(10.0, "epochs in which the learning rate grows from 0")
-    base_lr: float = setting(0.1, "learning rate for 256 images")
+    base_lr: float = setting(
+        0.1, "learning rate for 256 images; at the small batches of a small data set LARS wants 1 to 30: see base_lrs"
+    )
     base_lrs: list[float] | None = setting(
         None, "several in place of base_lr, each with a head of its own, in one pass; selection_fraction chooses"
     )
