@@ -15,6 +15,7 @@ import pytest
 import run_pretrain
 import torch
 from accelerate.state import AcceleratorState
+from hub import WRITE_TOKEN, Hub
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import free_port, losses, metrics, skipped
@@ -340,3 +341,41 @@ def test_bad_images__same_run_in_other_divisions_and_after_a_cut(
     assert losses(pretrain(folder, tmp_path / "cut", *words, "--num_workers", workers)) == losses(whole)
     assert skipped(tmp_path / "cut") == skipped(tmp_path / "whole")
     assert weights_are_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another number of processes, and secrets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_then_two_then_one__same_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("--log_every", "1", "--save_every", "1000")
+    whole = pretrain(photos, tmp_path / "whole", *common, "--epochs", "12")
+    # The schedule belongs to the whole run, so the run is cut by a signal and not by fewer epochs.
+    with monkeypatch.context() as patch:
+        when_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(SystemExit):
+            pretrain(photos, tmp_path / "run", *common, "--epochs", "12")
+    first, second = start_two(photos, tmp_path / "run", *common, "--epochs", "12")
+    wait_for(first, "step 20/")
+    second.send_signal(signal.SIGTERM)  # one is told, both stop
+    assert output_of(first).count("Stopped by a signal") == 1
+    assert (first.returncode, second.wait(timeout=60)) == (STOPPED, STOPPED)
+    by_steps = pretrain(photos, tmp_path / "run", *common, "--epochs", "12")
+    assert [record["step"] for record in by_steps] == [record["step"] for record in whole]
+    assert np.abs(np.subtract(losses(by_steps), losses(whole))).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
+def test_secrets__are_nowhere(
+    hub: Hub, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard", reason="a tracker's config is searched, too")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb-secret-0123456789")
+    push = ("--push_to_hub", "--hub_model_id", "user/photos", "--report_to", "tensorboard")
+    pretrain(photos, tmp_path / "run", "--epochs", "2", *push)
+    output = "".join(capfd.readouterr())
+    for secret in (WRITE_TOKEN, "wandb-secret-0123456789"):
+        assert secret not in output
+        for path in (tmp_path / "run").rglob("*"):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path
