@@ -11,26 +11,43 @@ folder continues the run.
 """
 
 import json
-import math
 import sys
 import time
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mae_hf import MAEForImageClassification
 from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
-from mae_hf.training.data import LabelledImages, batches, evaluation_batches, make_schedule
+from mae_hf.training.data import (
+    JudgingImages,
+    LabelledImages,
+    batches,
+    evaluation_batches,
+    make_schedule,
+    names_of_step,
+)
+from mae_hf.training.faults import STOPPED, StopSignal, refuse_fewer_processes, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
 from mae_hf.training.recipe import FinetuneRecipe, parse_recipe
-from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
+from mae_hf.training.run import (
+    DataClock,
+    Progress,
+    RunFolder,
+    StepLosses,
+    best_precision,
+    is_finite_everywhere,
+    start_trackers,
+)
+from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -96,8 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+        mixed_precision=recipe.mixed_precision or best_precision(),
+        log_with=trackers,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
+    refuse_fewer_processes(accelerator.num_processes)
     say = accelerator.print
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -111,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
-    eval_images = LabelledImages(judges, eval_view, config.num_channels, recipe.seed)
+    eval_images = JudgingImages(judges, eval_view, config.num_channels, recipe.seed)
 
     def evaluate(judged: torch.nn.Module) -> ClassificationMetrics:
         loader = evaluation_batches(
@@ -206,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
-    first_step = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -237,38 +258,51 @@ def main(arguments: list[str] | None = None) -> None:
 
     metrics = None
     best_top1 = max((record["eval_top1"] for record in folder.history() if "eval_top1" in record), default=-1.0)
+
+    def names(step: int) -> list[str]:
+        return names_of_step(images, schedule, step, recipe.shuffle_buffer)
+
+    skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
+    stop = StopSignal(accelerator)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
-    loss_sum, logged_step, logged_time = torch.zeros((), device=accelerator.device), first_step, time.perf_counter()
+    losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
     for step in range(first_step + 1, total_steps + 1):
         lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        step_loss, is_finite = torch.zeros((), device=accelerator.device), True
         for round_index in range(schedule.rounds):
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(data).items()}
+            batch = next(data)
+            skipped.note(step, batch["problem"])
+            pixel_values, labels, mix = (
+                batch[name].to(accelerator.device, non_blocking=True) for name in ("pixel_values", "label", "mix")
+            )
             torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))  # drop path draws
             with accelerator.accumulate(model):
-                pixel_values, targets = mixing(batch["pixel_values"], batch["label"], batch["mix"])
+                pixel_values, targets = mixing(pixel_values, labels, mix)
                 loss = model(pixel_values, labels=targets).loss
+                if recipe.max_skipped_steps:
+                    is_finite = is_finite and is_finite_everywhere(accelerator, loss)
                 accelerator.backward(loss)
                 if recipe.max_grad_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
+                if is_finite:
+                    optimizer.step()
                 optimizer.zero_grad()
-            loss_sum += loss.detach() / schedule.rounds
+            step_loss += loss.detach() / schedule.rounds
+        if is_finite:
+            losses.add(step_loss)
+        else:
+            skipped.leave_out_step(step, recipe.max_skipped_steps)
         if average is not None:
             average.update_parameters(bare_model)
         progress.advance()
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
-            steps = step - logged_step
-            mean_loss = accelerator.reduce(loss_sum, "mean").item() / steps
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"The loss is {mean_loss} between steps {logged_step + 1} and {step}. The last checkpoint is "
-                    f"{folder.newest_checkpoint()}; a lower --base_lr or --mixed_precision bf16 usually helps."
-                )
-            seconds = time.perf_counter() - logged_time
+            (mean_loss,) = losses.mean(step, names)
+            skipped.gather(step * recipe.total_batch_size)
+            steps, seconds = step - logged_step, time.perf_counter() - logged_time
             record = {
                 "step": step,
                 "epoch": step / schedule.steps_per_epoch,
@@ -281,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.log(record)
             accelerator.log(record, step=step)
             progress.show(record)
-            loss_sum.zero_()
+            losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         periods = [(s / schedule.steps_per_epoch) // recipe.eval_every for s in (step - 1, step)]
         if periods[0] != periods[1] or step == total_steps:
@@ -298,7 +332,12 @@ def main(arguments: list[str] | None = None) -> None:
                 save_model(folder.path / "best")
             logged_time += time.perf_counter() - started  # the progress line speaks of training
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, recipe.keep_checkpoints)
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+        elif stop.was_received():
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
+            accelerator.end_training()
+            sys.exit(STOPPED)
     progress.close()
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -320,7 +359,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # something that the user can mend, said in a sentence
-        sys.exit(f"run_finetune.py: {error}")
+    run_script(main)

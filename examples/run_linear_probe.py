@@ -16,18 +16,19 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_hf import MAEModel
 from mae_hf.training.augment import eval_transform, train_transform
-from mae_hf.training.data import LabelledImages, batches, make_schedule
+from mae_hf.training.data import JudgingImages, LabelledImages, batches, make_schedule, names_of_step
 from mae_hf.training.evaluate import (
     AttentiveProbe,
     LinearProbe,
@@ -38,10 +39,12 @@ from mae_hf.training.evaluate import (
     knn_accuracy,
     pool,
 )
+from mae_hf.training.faults import STOPPED, StopSignal, refuse_fewer_processes, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.recipe import ProbeRecipe, parse_recipe
-from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
+from mae_hf.training.run import DataClock, Progress, RunFolder, StepLosses, best_precision, start_trackers
+from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -97,8 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(ProbeRecipe, arguments, EXAMPLES / "recipes")
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+        mixed_precision=recipe.mixed_precision or best_precision(),
+        log_with=trackers,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
+    refuse_fewer_processes(accelerator.num_processes)
     say, device = accelerator.print, accelerator.device
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -156,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
-    first_step = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -167,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def of_all(function: Callable[[Tensor], Tensor], images: ImageSource) -> tuple[Tensor, Tensor]:
         """What the function says of the images as they are judged, without anything random; and their labels."""
-        fixed = LabelledImages(images, eval_view, config.num_channels, recipe.seed)
+        fixed = JudgingImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
             return extract_features(function, fixed, recipe.per_device_batch_size, recipe.num_workers)
 
@@ -201,17 +208,26 @@ def main(arguments: list[str] | None = None) -> None:
         with accelerator.autocast():
             return encode(batch["pixel_values"]), batch["label"].to(device)
 
+    def names(step: int) -> list[str]:
+        if recipe.augment:
+            return names_of_step(images, schedule, step, recipe.shuffle_buffer)
+        return ["features at hand"]
+
+    skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
+    stop = StopSignal(accelerator)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     probes.train()
     parts = 1 if is_linear else schedule.rounds
-    loss_sums = torch.zeros(len(base_lrs), device=device)
-    logged_step, logged_time = first_step, time.perf_counter()
+    losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
     for step in range(first_step + 1, total_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, total_steps, warmup_steps, group["peak_lr"], recipe.min_lr)
         gathered: list[tuple[Tensor, Tensor]] = []
+        step_loss = torch.zeros(len(base_lrs), device=device)
         for _ in range(schedule.rounds):
-            seen, targets = encoded(next(data))
+            batch = next(data)
+            skipped.note(step, batch.get("problem", []))  # features at hand have none
+            seen, targets = encoded(batch)
             if is_linear:
                 # BatchNorm has to see the whole batch, whatever it is divided into. Nothing flows back into the
                 # encoder, so that the features of all rounds and processes are all that has to be kept.
@@ -219,23 +235,19 @@ def main(arguments: list[str] | None = None) -> None:
                 if len(gathered) < schedule.rounds:
                     continue
                 seen, targets = (accelerator.gather(torch.cat(tensors)) for tensors in zip(*gathered, strict=True))
-            losses = torch.stack([F.cross_entropy(logits, targets) for logits in probes(seen)])  # (S,)
-            accelerator.backward(losses.sum() / parts)  # the probes share nothing, so each gets its own gradient
-            loss_sums += losses.detach() / parts
+            of_probes = torch.stack([F.cross_entropy(logits, targets) for logits in probes(seen)])  # (S,)
+            accelerator.backward(of_probes.sum() / parts)  # the probes share nothing, so each gets its own gradient
+            step_loss += of_probes.detach() / parts
         optimizer.step()
         optimizer.zero_grad()
+        losses.add(step_loss)
         progress.advance()
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
-            steps = step - logged_step
-            means = (accelerator.reduce(loss_sums, "mean") / steps).nan_to_num(math.inf, math.inf).tolist()
+            means = [loss if math.isfinite(loss) else math.inf for loss in losses.mean(step, names)]
             lowest = min(range(len(means)), key=means.__getitem__)
-            if math.isinf(means[lowest]):
-                raise FloatingPointError(
-                    f"The loss is not finite between steps {logged_step + 1} and {step}. The last checkpoint is "
-                    f"{folder.newest_checkpoint()}; a lower --base_lr usually helps."
-                )
-            seconds = time.perf_counter() - logged_time
+            skipped.gather(step * recipe.total_batch_size)
+            steps, seconds = step - logged_step, time.perf_counter() - logged_time
             record = {
                 "step": step,
                 "epoch": step / schedule.steps_per_epoch,
@@ -248,10 +260,15 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.log(record)
             accelerator.log(record, step=step)
             progress.show(record)
-            loss_sums.zero_()
+            losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, recipe.keep_checkpoints)
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+        elif stop.was_received():
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
+            accelerator.end_training()
+            sys.exit(STOPPED)
     progress.close()
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -328,7 +345,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # something that the user can mend, said in a sentence
-        sys.exit(f"run_linear_probe.py: {error}")
+    run_script(main)

@@ -8,25 +8,35 @@ Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them):
 file, then the command line. Starting again in a run folder continues the run.
 """
 
-import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
-from mae_hf.training.data import PretrainingImages, batches, make_schedule
+from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
+from mae_hf.training.faults import STOPPED, StopSignal, refuse_fewer_processes, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
-from mae_hf.training.run import DataClock, Progress, RunFolder, best_precision, start_trackers
+from mae_hf.training.run import (
+    DataClock,
+    Progress,
+    RunFolder,
+    StepLosses,
+    best_precision,
+    is_finite_everywhere,
+    start_trackers,
+)
+from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -73,8 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision or best_precision(), log_with=trackers, project_dir=recipe.output_dir
+        mixed_precision=recipe.mixed_precision or best_precision(),
+        log_with=trackers,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
+    refuse_fewer_processes(accelerator.num_processes)
     say = accelerator.print
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -134,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, folder.recipe)
     accelerator.wait_for_everyone()
-    first_step = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -165,35 +179,44 @@ def main(arguments: list[str] | None = None) -> None:
             processor.save_pretrained(folder.path)
             write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
 
+    def names(step: int) -> list[str]:
+        return names_of_step(images, schedule, step, recipe.shuffle_buffer)
+
+    skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
+    stop = StopSignal(accelerator)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
-    loss_sum, logged_step, logged_time = torch.zeros((), device=accelerator.device), first_step, time.perf_counter()
+    losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
     for step in range(first_step + 1, total_steps + 1):
         lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        step_loss, is_finite = torch.zeros((), device=accelerator.device), True
         for _ in range(schedule.rounds):
             batch = next(data)
+            skipped.note(step, batch["problem"])
             with accelerator.accumulate(model):
                 noise = batch["noise"].to(accelerator.device, non_blocking=True)
                 loss = model(normalize(batch["pixel_values"]), noise=noise).loss
+                if recipe.max_skipped_steps:
+                    is_finite = is_finite and is_finite_everywhere(accelerator, loss)
                 accelerator.backward(loss)
                 if recipe.max_grad_norm is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
+                if is_finite:
+                    optimizer.step()
                 optimizer.zero_grad()
-            loss_sum += loss.detach() / schedule.rounds
+            step_loss += loss.detach() / schedule.rounds
+        if is_finite:
+            losses.add(step_loss)
+        else:
+            skipped.leave_out_step(step, recipe.max_skipped_steps)
         progress.advance()
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
-            steps = step - logged_step
-            mean_loss = accelerator.reduce(loss_sum, "mean").item() / steps
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"The loss is {mean_loss} between steps {logged_step + 1} and {step}. The last checkpoint is "
-                    f"{folder.newest_checkpoint()}; a lower --base_lr or --mixed_precision bf16 usually helps."
-                )
-            seconds = time.perf_counter() - logged_time
+            (mean_loss,) = losses.mean(step, names)
+            skipped.gather(step * recipe.total_batch_size)
+            steps, seconds = step - logged_step, time.perf_counter() - logged_time
             record = {
                 "step": step,
                 "epoch": step / schedule.steps_per_epoch,
@@ -206,15 +229,20 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.log(record)
             accelerator.log(record, step=step)
             progress.show(record)
-            loss_sum.zero_()
+            losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, recipe.keep_checkpoints)
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
             # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.
             if hub and recipe.hub_push_every_checkpoint and step < total_steps and hub.is_free():
                 export()
                 if accelerator.is_main_process:
                     hub.in_background(f"Step {step} of {total_steps}")
+        elif stop.was_received():
+            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
+            accelerator.end_training()
+            sys.exit(STOPPED)
         if recipe.picture_every and step % recipe.picture_every == 0:
             save_reconstructions(folder.pictures / f"step-{step:08d}.png")
     progress.close()
@@ -233,7 +261,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # something that the user can mend, said in a sentence
-        sys.exit(f"run_pretrain.py: {error}")
+    run_script(main)

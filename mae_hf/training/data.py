@@ -6,6 +6,7 @@ interruption enters, so a run that is resumed at step s needs to know s and noth
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -27,24 +28,41 @@ from .sources import ImageSource, image_order, seed_of
 # ---------------------------------------------------------------------------------------------------------------------
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MOST_PIXELS = 100_000_000  # in an image; ten times that of a good camera, 300 MB decoded
+LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorter one to 256 would fill the memory
+
+
+MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
+SPARE_ROWS = 16
+
+
+class BadImageError(ValueError):
+    """An image that cannot be read, or should not be; the message names it."""
 
 
 def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
     """An encoded image as the channels of the model: {"bytes", "path"} -> (C, H, W) uint8.
 
     The picture is turned upright as its EXIF data says. Transparency is dropped, as transformers' image pipelines do
-    it, so that training and later use see the same colours. 16-bit values keep their high byte.
+    it, so that training and later use see the same colours. 16-bit values keep their high byte. Of an animation, the
+    first picture counts.
 
     Args:
         record: the file's bytes, or its path where there are none.
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
-        ValueError: the image cannot be read, named by its path.
+        BadImageError: the image cannot be read, is too large, or is too long and thin.
     """
     path = record["path"] or "an image without a path"
     try:
         with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as file:
+            shorter, longer = sorted(file.size)
+            if shorter * longer > MOST_PIXELS or longer > LONGEST_SIDES * shorter:  # known before a pixel is decoded
+                raise ValueError(f"it says that it has {file.width}x{file.height} pixels.")
+            size = len(record["bytes"]) if record["bytes"] is not None else os.path.getsize(record["path"])
+            if file.format == "JPEG" and shorter * longer > size * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
+                raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {size} bytes.")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = _high_byte(image)
@@ -53,8 +71,8 @@ def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             return v2.functional.pil_to_tensor(image.convert(PIL_MODES[num_channels]))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # mutated files make PIL raise a dozen other errors than its own
+        raise BadImageError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
@@ -182,7 +200,7 @@ def sample_randomness(seed: int, key: SampleKey) -> Iterator[None]:
         yield
 
 
-class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
+class Samples(torch.utils.data.Dataset[dict[str, Any]]):
     """Images by `SampleKey`, each with its own randomness: pixel_values (C, H, W).
 
     Args:
@@ -202,18 +220,49 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
                 f"number of channels from your own data loader."
             )
         self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
+        # A stream has nothing else to offer in place of an image that cannot be read.
+        self.spare_rows = list(islice(source.images, SPARE_ROWS)) if source.is_stream else []
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         row = key.row if key.row is not None else self.source.images[key.image_index]
-        image = decode_image(row["image"], self.num_channels)
+        problem = ""
+        try:
+            image = decode_image(row["image"], self.num_channels)
+        except BadImageError as error:
+            problem = str(error)
+            row, image = self.substitute(key)
         with sample_randomness(self.seed, key):
-            return self.sample(key, row, image)
+            return {**self.sample(key, row, image), "problem": problem}
+
+    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Tensor]:
+        """Another image in place of one that cannot be read, a function of (seed, epoch, index) like the sample itself.
+
+        So a bad image moves no other image, and the same images are seen after an interruption and on any number of
+        processes. Of a stream, it is one of the first images.
+
+        Raises:
+            BadImageError: ten others cannot be read either.
+        """
+        for attempt in range(10):
+            number = seed_of(self.seed, key.epoch, key.image_index, attempt)
+            if self.source.is_stream:
+                row = self.spare_rows[number % len(self.spare_rows)]
+            else:
+                row = self.source.images[number % len(self.source.images)]
+            try:
+                return row, decode_image(row["image"], self.num_channels)
+            except BadImageError as error:
+                last = error
+        raise BadImageError(f"Most images of {self.source.name} cannot be read, for instance: {last}") from last
 
     def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
-        """What the model gets of a decoded image; what is random here belongs to the sample."""
+        """What the model gets of a decoded image; what is random here belongs to the sample.
+
+        Beside it, a sample has "problem": why its image was replaced by another, or "".
+        """
         return {"pixel_values": self.transform(image)}
 
-    def first(self, count: int) -> list[dict[str, Tensor]]:
+    def first(self, count: int) -> list[dict[str, Any]]:
         """The first `count` images of the source, or as many as there are, always with the same randomness."""
         rows = islice(self.source.images, count)
         return [self[SampleKey(0, index, row)] for index, row in enumerate(rows)]
@@ -233,7 +282,7 @@ class PretrainingImages(Samples):
         return {"pixel_values": self.transform(image), "noise": noise}
 
 
-PADDING = -1  # the epoch, and the label, of a sample that only fills up a batch
+PADDING = -1  # the label of a sample that only fills up a batch, and the epoch in its key
 
 
 class LabelledImages(Samples):
@@ -254,6 +303,13 @@ class LabelledImages(Samples):
         return sample
 
 
+class JudgingImages(LabelledImages):
+    """Images that judge a model: one that cannot be read is left out of the count, rather than replaced."""
+
+    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Tensor]:
+        return {"label": PADDING}, torch.zeros(self.num_channels, 8, 8, dtype=torch.uint8)
+
+
 def batches(
     images: Samples,
     schedule: Schedule,
@@ -261,7 +317,7 @@ def batches(
     process_index: int,
     num_workers: int,
     shuffle_buffer: int,
-) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+) -> torch.utils.data.DataLoader[dict[str, Any]]:
     """The micro-batches of one process from `first_step` to the end of the run, `rounds` of them a step.
 
     Keys are drawn in this process and sent to the workers, which only decode and augment: so a stream is read once a
@@ -292,9 +348,19 @@ def batches(
     )
 
 
+def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer: int) -> list[str]:
+    """What the images of an optimizer step, counted from 1, are called: paths where there are any, else numbers."""
+    keys = sample_keys(images.source, images.seed, (step - 1) * schedule.total_batch_size, shuffle_buffer)
+    names = []
+    for key in islice(keys, schedule.total_batch_size):
+        row = key.row if key.row is not None else images.source.images[key.image_index]
+        names.append(row["image"]["path"] or f"image {key.image_index}")
+    return names
+
+
 def evaluation_batches(
     images: Samples, batch_size: int, process_index: int, num_processes: int, num_workers: int
-) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+) -> torch.utils.data.DataLoader[dict[str, Any]]:
     """Every image of the source once, dealt out over the processes.
 
     Every process gets the same number of full batches, because they may have to compute in step. What fills up the last

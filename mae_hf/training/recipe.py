@@ -89,6 +89,10 @@ class Recipe:
     )
     save_every: int = setting(1000, "optimizer steps between two checkpoints; there is always one at the end")
     keep_checkpoints: int = setting(2, "how many checkpoints stay on disk")
+    max_skipped_images: float = setting(
+        0.01, "share of the images that may be unreadable, and are replaced by others, before the run stops"
+    )
+    process_timeout: int = setting(1800, "seconds after which a process that others wait for counts as lost")
     report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")
     output_dir: str = setting("runs/run", "the run folder")
 
@@ -201,6 +205,9 @@ class PretrainRecipe(Recipe):
     adam_beta2: float = setting(0.95, "AdamW's beta 2")
     max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
 
+    max_skipped_steps: int = setting(
+        0, "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the model")
     picture_every: int = setting(
@@ -302,6 +309,9 @@ class FinetuneRecipe(LabelledRecipe):
         None, "evaluate and save a moving average of the weights with this decay, 0.9999 in Table 11"
     )
 
+    max_skipped_steps: int = setting(
+        0, "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the model")
     eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end")
@@ -411,6 +421,9 @@ MAY_CHANGE = frozenset(
         "save_every",
         "keep_checkpoints",
         "picture_every",
+        "max_skipped_images",
+        "max_skipped_steps",
+        "process_timeout",
         "report_to",
         "output_dir",
         "push_to_hub",

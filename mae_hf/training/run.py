@@ -1,25 +1,32 @@
 """The run folder: recipe, versions, metrics, checkpoints and resume; and what a person sees while it runs."""
 
+import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import is_bf16_available
+from torch import Tensor
 from tqdm import tqdm
 
 from .recipe import MAY_CHANGE, as_yaml
 
+NAMED_IMAGES = 8  # of a step whose loss is not finite
+CHECKSUMS = "checksums.json"
 LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface-hub", "safetensors")
 
 
@@ -29,7 +36,8 @@ class RunFolder:
     recipe.yaml      the resolved recipe
     versions.json    the libraries that ran it
     metrics.jsonl    a line for every log step
-    checkpoints/     step-00001000/, the newest few: model, optimizer and step, complete or not there
+    skipped.jsonl    a line for every image that could not be read, and for every step that was left out
+    checkpoints/     step-00001000/, the newest few: model, optimizer, step and checksums, complete or not there
     pictures/        reconstructions of the same images with the same masks
 
     Args:
@@ -46,6 +54,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
         self._refuse_another_recipe()
 
     def _refuse_another_recipe(self) -> None:
@@ -78,22 +87,43 @@ class RunFolder:
         """The complete checkpoint with the highest step, or None."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def save(self, accelerator: Accelerator, step: int, keep: int) -> None:
+    def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
         """Write a checkpoint after `step` optimizer steps; every process calls this.
 
-        It is written aside and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
+        `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
+
+        It is written aside, flushed and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
+
+        Raises:
+            OSError: the disk is full, or another failure of writing; the checkpoints that were there are as before.
+            FloatingPointError: a weight is not finite.
         """
         target = self.checkpoints / f"step-{step:08d}"
         aside = self.checkpoints / f".{target.name}.partial"
+        _refuse_non_finite_weights(accelerator, step)
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(aside))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (aside / "progress.json").write_text(json.dumps({"step": step, "losses": losses}))
+                (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
+                for file in aside.iterdir():
+                    _flush(file)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            needed, free = _checkpoint_bytes(accelerator) / 1e6, shutil.disk_usage(self.checkpoints).free / 1e6
+            if not isinstance(error, OSError) and free > needed:
+                raise  # a lost process, for instance
+            # On a full disk, safetensors and torch raise errors of their own, of a file position for instance.
+            reason = "the disk is full" if free < needed else error
+            raise OSError(
+                f"The checkpoint of step {step} cannot be written to {self.checkpoints}: {reason}. It needs about "
+                f"{needed:,.1f} MB, and {free:,.1f} MB are free. The older ones are intact: make room and start again."
+            ) from error
         if accelerator.is_main_process:
-            (aside / "progress.json").write_text(json.dumps({"step": step}))
-            for file in aside.iterdir():
-                _flush(file)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
             _flush(self.checkpoints)
@@ -101,18 +131,42 @@ class RunFolder:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def resume(self, accelerator: Accelerator) -> int:
-        """Load the newest checkpoint into everything that was prepared; the steps done so far, 0 without one."""
-        checkpoint = self.newest_checkpoint()
-        if checkpoint is None:
-            return 0
-        accelerator.load_state(str(checkpoint))
-        step = int(json.loads((checkpoint / "progress.json").read_text())["step"])
+    def resume(self, accelerator: Accelerator) -> tuple[int, list[list[float]]]:
+        """Load the newest intact checkpoint into everything that was prepared.
+
+        Returns:
+            the steps done so far, 0 without a checkpoint; the losses since the last line of metrics.
+
+        A checkpoint with a byte that is missing or not as it was written is set aside, with a warning, and the one
+        before it is taken.
+        """
+        if accelerator.is_main_process:
+            for checkpoint in self.checkpoints.glob("step-*"):
+                if damaged := _damaged_files(checkpoint):
+                    shutil.rmtree(
+                        damaged_name := checkpoint.with_name(f"damaged-{checkpoint.name}"), ignore_errors=True
+                    )
+                    checkpoint.rename(damaged_name)
+                    warnings.warn(
+                        f"The checkpoint {checkpoint} is damaged ({', '.join(damaged)}); it is now called "
+                        f"{damaged_name.name}, and the run goes on from the one before it.",
+                        stacklevel=2,
+                    )
+        accelerator.wait_for_everyone()
+        newest = self.newest_checkpoint()
+        step, losses = 0, []
+        if newest is not None:
+            accelerator.load_state(str(newest))
+            progress = json.loads((newest / "progress.json").read_text())
+            step, losses = progress["step"], progress["losses"]
         if accelerator.is_main_process:
             # A run that was cut off had gone on after its checkpoint; those steps are taken, and logged, again.
-            kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(kept))
-        return step
+            for file in (self.metrics, self.skipped):
+                kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+                if file.exists():
+                    _replace(file, "".join(kept))
+        accelerator.wait_for_everyone()
+        return step, losses
 
     # --- metrics
 
@@ -123,13 +177,61 @@ class RunFolder:
 
     def history(self) -> list[dict[str, Any]]:
         """Every record of metrics.jsonl, oldest first."""
-        return [json.loads(line) for line in self._metric_lines()]
+        return [json.loads(line) for line in _whole_lines(self.metrics)]
 
-    def _metric_lines(self) -> list[str]:
-        if not self.metrics.exists():
-            return []
-        # The last line may have been cut off in the middle.
-        return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    def skipped_records(self) -> list[dict[str, Any]]:
+        """Every record of skipped.jsonl: what the run has left out, and why."""
+        return [json.loads(line) for line in _whole_lines(self.skipped)]
+
+
+def _whole_lines(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    # The last line may have been cut off in the middle.
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _replace(file: Path, text: str) -> None:
+    """Rewrite a file so that, cut off anywhere, either the old text or the new one is there."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text)
+    _flush(aside)
+    os.replace(aside, file)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _damaged_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that are not as they were written, or not there."""
+    try:
+        written = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    found = _checksums(checkpoint)
+    return [name for name, checksum in written.items() if found.get(name) != checksum]
+
+
+def _refuse_non_finite_weights(accelerator: Accelerator, step: int) -> None:
+    for model in accelerator._models:
+        are_finite = [parameter.isfinite().all() for parameter in model.parameters()]
+        if not all(bool(is_finite) for is_finite in are_finite):
+            raise FloatingPointError(
+                f"A weight is not finite after step {step}; no checkpoint of it was written. A lower --base_lr or "
+                f"--mixed_precision bf16 usually helps."
+            )
+
+
+def _checkpoint_bytes(accelerator: Accelerator) -> int:
+    """Of the weights, and of AdamW's two moments of each that is trained."""
+    parameters = [parameter for model in accelerator._models for parameter in model.parameters()]
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
 
 
 def _flush(path: Path) -> None:
@@ -148,6 +250,60 @@ def start_trackers(accelerator: Accelerator, recipe: Any) -> None:
     settings = asdict(recipe).items()
     shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
     accelerator.init_trackers("mae_hf", config=shown)
+
+
+class StepLosses:
+    """The losses of the steps since the last line of metrics; they stay on the device until they are asked for.
+
+    Args:
+        accelerator: of the run.
+        earlier: those before an interruption, of `RunFolder.resume`.
+    """
+
+    def __init__(self, accelerator: Accelerator, earlier: list[list[float]]) -> None:
+        self.accelerator, self.known = accelerator, list(earlier)
+        self.pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """The loss of one more step, of this process: () or, of S models side by side, (S,)."""
+        self.pending.append(loss.detach().reshape(-1))
+
+    def values(self, step: int, names_of_step: Callable[[int], list[str]]) -> list[list[float]]:
+        """All of them, each a mean over the processes; every process calls this, and waits for its device.
+
+        Args:
+            step: optimizer steps done.
+            names_of_step: what the images of a step are called.
+
+        Raises:
+            FloatingPointError: one is not finite, of all models; with its step, and its images.
+        """
+        if self.pending:
+            self.known += self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
+            self.pending.clear()
+        for first_bad, losses in enumerate(self.known, start=step - len(self.known) + 1):
+            if not any(math.isfinite(loss) for loss in losses):
+                names = names_of_step(first_bad)
+                more = f" and {len(names) - NAMED_IMAGES} more" if len(names) > NAMED_IMAGES else ""
+                raise FloatingPointError(
+                    f"The loss of step {first_bad} is {losses[0]}; nothing was saved after it. A lower --base_lr or "
+                    f"--mixed_precision bf16 usually helps, and --max_skipped_steps leaves such steps out. Its images: "
+                    f"{', '.join(names[:NAMED_IMAGES])}{more}."
+                )
+        return self.known
+
+    def mean(self, step: int, names_of_step: Callable[[int], list[str]]) -> list[float]:
+        """Mean over the steps, of each model; nan where every step was left out. See `values`."""
+        return [fmean(of_model) for of_model in zip(*self.values(step, names_of_step), strict=True)] or [math.nan]
+
+    def clear(self) -> None:
+        """A line of metrics was written."""
+        self.known.clear()
+
+
+def is_finite_everywhere(accelerator: Accelerator, loss: Tensor) -> bool:
+    """Whether a loss () is finite on every process; every process calls this, and waits for its device."""
+    return bool(accelerator.reduce(loss.detach().isfinite().float(), "mean") == 1)
 
 
 class DataClock:

@@ -38,11 +38,11 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
     folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
     folder.start()
     model, optimizer = prepared(accelerator)
-    assert folder.resume(accelerator) == 0
+    assert folder.resume(accelerator) == (0, [])
     for step in (1, 2, 3):
         take_step(model, optimizer)
         folder.log({"step": step, "loss": 0.5})
-        folder.save(accelerator, step, keep=2)
+        folder.save(accelerator, step, [[0.5]], keep=2)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     expected = model.weight.detach().clone()
 
@@ -51,12 +51,54 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
     with folder.metrics.open("a") as file:
         file.write('{"step": 5, "lo')  # cut off while writing
     (folder.checkpoints / ".step-00000004.partial").mkdir()  # and here, while saving
-    assert run_folder(tmp_path).resume(accelerator) == 3
+    assert run_folder(tmp_path).resume(accelerator) == (3, [[0.5]])
     assert torch.equal(model.weight, expected)
     assert [record["step"] for record in folder.history()] == [1, 2, 3]
     take_step(model, optimizer)
-    folder.save(accelerator, 4, keep=2)
+    folder.save(accelerator, 4, [], keep=2)
     assert folder.newest_checkpoint() == folder.checkpoints / "step-00000004"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing byte", "missing file", "no checksums"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_run_folder__takes_the_one_before_a_damaged_checkpoint(damage: str, name: str, tmp_path: Path) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    model, optimizer = prepared(accelerator)
+    weights = {}
+    for step in (1, 2):
+        take_step(model, optimizer)
+        folder.log({"step": step, "loss": 0.5})
+        folder.save(accelerator, step, [], keep=2)
+        weights[step] = model.weight.detach().clone()
+    file = folder.newest_checkpoint() / name
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing byte":
+        file.write_bytes(content[:-1])
+    elif damage == "missing file":
+        file.unlink()
+    else:
+        file.with_name("checksums.json").unlink()
+    with pytest.warns(UserWarning, match=r"step-00000002 is damaged \(.*the run goes on from the one before it"):
+        assert run_folder(tmp_path).resume(accelerator) == (1, [])
+    assert torch.equal(model.weight, weights[1])
+    assert [record["step"] for record in folder.history()] == [1]
+    assert (folder.checkpoints / "damaged-step-00000002").exists()
+
+
+def test_run_folder__writes_no_weight_that_is_not_finite(tmp_path: Path) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    model, _ = prepared(accelerator)
+    folder.save(accelerator, 1, [], keep=2)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="A weight is not finite after step 2; no checkpoint"):
+        folder.save(accelerator, 2, [], keep=2)
+    assert folder.newest_checkpoint().name == "step-00000001"
 
 
 def test_run_folder__writes_recipe_and_versions(tmp_path: Path) -> None:

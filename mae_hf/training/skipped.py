@@ -1,0 +1,92 @@
+"""What a run has left out, counted over all processes: images that cannot be read, steps whose loss is not finite."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .run import RunFolder
+
+FIRST_NAMED = 5
+
+
+class Skipped:
+    """Images that could not be read: listed in the run folder, the first ones named, and too many of them refused.
+
+    Each process notes what it meets; `gather` brings it together, at the log steps, where the processes meet anyway.
+
+    Args:
+        folder: has skipped.jsonl, with what an interrupted run has left out before.
+        images_per_epoch: what the share refers to, until more images than that have been seen.
+        largest_share: of the images seen; above it the run stops.
+        accelerator: of the run.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        images_per_epoch: int,
+        largest_share: float,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.images_per_epoch, self.largest_share = folder, images_per_epoch, largest_share
+        self.accelerator, self.say = accelerator, say
+        before = folder.skipped_records()
+        self.count = sum("image" in record for record in before)
+        self.steps = sum("image" not in record for record in before)
+        self.noted: list[dict[str, Any]] = []
+
+    def note(self, step: int, problems: list[str]) -> None:
+        """Remember the problems of a batch; most are "", and cost nothing."""
+        self.noted += [{"step": step, "image": problem} for problem in problems if problem]
+
+    def gather(self, images_seen: int) -> None:
+        """List what all processes have noted; every process calls this.
+
+        Args:
+            images_seen: since the beginning of the run, over all processes.
+
+        Raises:
+            ValueError: too many images cannot be read.
+        """
+        found = sorted(gather_object(self.noted), key=lambda record: (record["step"], record["image"]))
+        self.noted = []
+        if not found:
+            return
+        for number, record in enumerate(found, start=self.count + 1):
+            if number <= FIRST_NAMED:
+                self.say(f"skipped   {record['image']}")
+            elif number == FIRST_NAMED + 1:
+                self.say(f"skipped   more of them are listed in {self.folder.skipped}")
+        self.count += len(found)
+        if self.accelerator.is_main_process:
+            with self.folder.skipped.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in found)
+        of = max(images_seen, self.images_per_epoch)
+        if self.count > self.largest_share * of:
+            raise ValueError(
+                f"{self.count} of {of:,} images cannot be read, more than the share of {self.largest_share:g} that "
+                f"max_skipped_images allows. They are listed in {self.folder.skipped}: mend or remove them, or allow "
+                f"more."
+            )
+
+    def leave_out_step(self, step: int, most: int) -> None:
+        """List a step whose loss was not finite on some process, and which moved no weight; every process calls this.
+
+        Raises:
+            FloatingPointError: there have been more than `most`.
+        """
+        self.steps += 1
+        self.say(f"skipped   step {step}, whose loss is not finite")
+        if self.accelerator.is_main_process:
+            with self.folder.skipped.open("a") as file:
+                file.write(json.dumps({"step": step}) + "\n")
+        if self.steps > most:
+            raise FloatingPointError(
+                f"The loss was not finite in {self.steps} steps, the last one step {step}; max_skipped_steps allows "
+                f"{most}. The newest checkpoint is {self.folder.newest_checkpoint()}."
+            )

@@ -1,0 +1,381 @@
+"""What happens to a run from outside: signals, damaged checkpoints, a full disk, lost processes, workers and files."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import run_pretrain
+import torch
+from accelerate.state import AcceleratorState
+from hub import WRITE_TOKEN, Hub
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import free_port, losses, metrics, skipped
+
+from mae_hf.training.faults import STOPPED, refuse_fewer_processes
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SCRIPT = str(Path(run_pretrain.__file__))
+SMALL = [
+    *("--image_size", "16", "--patch_size", "4", "--hidden_size", "32", "--num_hidden_layers", "2"),
+    *("--num_attention_heads", "2", "--decoder_hidden_size", "16", "--decoder_num_hidden_layers", "1"),
+    *("--decoder_num_attention_heads", "2", "--total_batch_size", "4", "--warmup_epochs", "1", "--num_workers", "0"),
+    *("--base_lr", "0.01"),
+]
+LONG = ["--epochs", "4000", "--log_every", "5", "--save_every", "10"]  # ten thousand steps of four images
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 20, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return folder
+
+
+def arguments(photos: Path, run: Path, *words: str) -> list[str]:
+    return ["--dataset", str(photos), *SMALL, "--output_dir", str(run), *words]
+
+
+def pretrain(photos: Path, run: Path, *words: str) -> list[dict]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_pretrain.main(arguments(photos, run, *words))
+    return metrics(run)
+
+
+def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A process that can be disturbed; its output in one stream."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *words], env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
+    """Read the output up to a line that begins so."""
+    assert process.stdout is not None
+    lines = []
+    while line := process.stdout.readline():
+        lines.append(line)
+        if line.startswith(beginning):
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def output_of(process: subprocess.Popen[str], timeout: float = 120) -> str:
+    """The rest of the output, when it has ended."""
+    rest, _ = process.communicate(timeout=timeout)
+    return rest
+
+
+def weights_are_equal(one: Path, other: Path) -> bool:
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal__checkpoint_at_the_next_step_and_code_75(number: signal.Signals, photos: Path, tmp_path: Path) -> None:
+    process = start([SCRIPT, *arguments(photos, tmp_path / "run", *LONG, "--save_every", "100000")])
+    wait_for(process, "step 15/")
+    process.send_signal(number)
+    rest = output_of(process)
+    assert process.returncode == STOPPED == 75, rest
+    (stopped,) = re.findall(r"Stopped by a signal after step (\d+), with a checkpoint", rest)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{int(stopped):08d}"
+
+
+def test_signal__metrics_and_weights_go_on_as_if_undisturbed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--epochs", "8", "--log_every", "5")
+    undisturbed = pretrain(photos, tmp_path / "whole", *words)
+
+    def lr_at(step: int, *others: float) -> float:
+        if step == 7:  # in the middle of a period of five, and before the step is taken
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, *others)
+
+    original = run_pretrain.lr_at
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain, "lr_at", lr_at)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain(photos, tmp_path / "run", *words)
+    assert stopped.value.code == STOPPED
+    assert losses(pretrain(photos, tmp_path / "run", *words)) == losses(undisturbed)
+    assert weights_are_equal(tmp_path / "run", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 800 kB, which takes two checkpoints of the tiny model, but not a third."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_full__says_where_and_how_much_and_keeps_the_old(photos: Path, small_disk: Path) -> None:
+    words = arguments(photos, small_disk / "run", "--epochs", "40", "--save_every", "10", "--keep_checkpoints", "9")
+    process = start([SCRIPT, *words])
+    output = output_of(process)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert re.search(r"The checkpoint of step \d+ cannot be written to \S+/run/checkpoints: the disk is full", output)
+    assert re.search(r"It needs about 0\.\d MB, and \d\.\d MB are free\. The older ones are intact", output), output
+    kept = sorted(path.name for path in (small_disk / "run" / "checkpoints").iterdir())
+    assert kept[0] == "step-00000010"
+    assert all(name.startswith("step-") for name in kept), "a half-written checkpoint was left"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses that are not finite
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Make the pixels of these micro-batches, counted from 1, infinite."""
+    seen = iter(range(1, 10**9))
+    normalize = run_pretrain.Normalize.__call__
+
+    def poisoned(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        normalized = normalize(self, pixels)
+        return normalized * torch.inf if next(seen) in calls else normalized
+
+    monkeypatch.setattr(run_pretrain.Normalize, "__call__", poisoned)
+
+
+def test_loss_not_finite__names_step_and_images_and_writes_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {6})
+    words = ("--epochs", "4", "--save_every", "4", "--log_every", "8")
+    with pytest.raises(FloatingPointError, match=r"The loss of step 6 is nan.*Its images: (\S+\.png, ){3}\S+\.png\."):
+        pretrain(photos, tmp_path / "run", *words)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000004"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_loss_not_finite__may_be_left_out_up_to_a_limit(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--epochs", "4", "--log_every", "2", "--per_device_batch_size", "2")
+    with monkeypatch.context() as patch:
+        poison(patch, {5, 11})  # in steps 3 and 6
+        pretrain(photos, tmp_path / "run", *words, "--max_skipped_steps", "2")
+    assert "skipped   step 3, whose loss is not finite" in capsys.readouterr().out
+    assert [record["step"] for record in skipped(tmp_path / "run")] == [3, 6]
+    assert all(np.isfinite(losses(metrics(tmp_path / "run"))))
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
+    poison(monkeypatch, {5, 11})
+    with pytest.raises(FloatingPointError, match=r"in 2 steps, the last one step 6; max_skipped_steps allows 1"):
+        pretrain(photos, tmp_path / "again", *words, "--max_skipped_steps", "1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_two(photos: Path, run: Path, *words: str) -> list[subprocess.Popen[str]]:
+    """Two processes of one run, without torchrun, which would end the second one itself."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        start([SCRIPT, *arguments(photos, run, *words)], RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_lost_process__the_other_ends_with_a_sentence(fault: signal.Signals, photos: Path, tmp_path: Path) -> None:
+    first, second = start_two(photos, tmp_path / "run", *LONG, "--process_timeout", "10")
+    try:
+        wait_for(first, "step 15/")
+        second.send_signal(fault)
+        started = time.monotonic()
+        rest = output_of(first)
+    finally:
+        second.kill()
+    assert first.returncode == 1, rest
+    assert time.monotonic() - started < 60
+    assert "process 0 of 2 stops, because another one is lost or hangs" in rest
+    assert (tmp_path / "run" / "checkpoints" / "step-00000010").exists()
+
+
+def test_torchrun__restarts_and_ends_bit_equal(photos: Path, tmp_path: Path) -> None:
+    words = ["--epochs", "80", "--log_every", "5", "--save_every", "10"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2", SCRIPT]
+    whole = start([*torchrun, *arguments(photos, tmp_path / "whole", *words)])
+    assert whole.wait(timeout=120) == 0, output_of(whole)
+    process = start([*torchrun, *arguments(photos, tmp_path / "run", *words)])
+    wait_for(process, "step 25/")
+    script_processes = [p for p in psutil.Process(process.pid).children() if SCRIPT in p.cmdline()]
+    script_processes[-1].kill()
+    rest = output_of(process)
+    assert process.returncode == 0, rest
+    assert re.search(r"resume    from step \d", rest), rest
+    assert losses(metrics(tmp_path / "run")) == losses(metrics(tmp_path / "whole"))
+    assert weights_are_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_fewer_processes_than_asked_for__are_refused(photos: Path, tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    process = start([*launch, *arguments(photos, tmp_path / "run", "--epochs", "1")])
+    output = output_of(process)
+    assert process.returncode != 0
+    assert "The run was asked for 2 processes and has 1." in output
+    assert "torchrun --nproc_per_node" in output
+    refuse_fewer_processes(1)  # nobody has asked the tests for more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers and files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_worker_dies__the_run_says_so(photos: Path, tmp_path: Path) -> None:
+    process = start([SCRIPT, *arguments(photos, tmp_path / "run", *LONG, "--num_workers", "2")])
+    wait_for(process, "step 10/")
+    for worker in psutil.Process(process.pid).children():
+        worker.kill()
+    rest = output_of(process)
+    assert process.returncode == 1, rest
+    assert "run_pretrain.py: A process that loads images was lost" in rest
+    assert "Traceback" not in rest
+
+
+def copy_of(photos: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in photos.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def when_step(number: int, action, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something just before an optimizer step, counted from 0."""
+    original = run_pretrain.lr_at
+
+    def lr_at(step: int, *others: float) -> float:
+        if step == number:
+            action()
+        return original(step, *others)
+
+    monkeypatch.setattr(run_pretrain, "lr_at", lr_at)
+
+
+def test_file_disappears__is_skipped_and_counted(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(photos, tmp_path / "photos")
+    when_step(5, (folder / "3.png").unlink, monkeypatch)
+    words = ("--epochs", "6", "--log_every", "3", "--max_skipped_images", "0.5")
+    records = pretrain(folder, tmp_path / "run", *words)
+    assert records[-1]["step"] == 15
+    left_out = skipped(tmp_path / "run")
+    assert {"3.png" in record["image"] for record in left_out} == {True}
+    assert 3 <= len(left_out) <= 4  # once an epoch from the third on
+    assert re.search(r"skipped   \S+3\.png cannot be read as an image: .*No such file", capsys.readouterr().out)
+
+
+def test_folder_disappears__stops_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of(photos, tmp_path / "photos")
+    when_step(5, lambda: folder.rename(tmp_path / "elsewhere"), monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"Most images of a local folder of images cannot be read, for instance: .*png"
+    ):
+        pretrain(folder, tmp_path / "run", "--epochs", "6")
+
+
+def test_too_many_bad_images__stop_the_run(photos: Path, tmp_path: Path) -> None:
+    folder = copy_of(photos, tmp_path / "photos")
+    (folder / "bad.png").write_text("this is no image")
+    with pytest.raises(ValueError, match=r"1 of 11 images cannot be read, more than the share of 0\.01"):
+        pretrain(folder, tmp_path / "run", "--epochs", "6", "--log_every", "1")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_bad_images__same_run_in_other_divisions_and_after_a_cut(
+    workers: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(photos, tmp_path / "photos")
+    (folder / "0.png").write_bytes(b"")
+    (folder / "7.png").write_bytes((photos / "7.png").read_bytes()[:300])
+    words = ("--epochs", "6", "--log_every", "1", "--save_every", "4", "--max_skipped_images", "0.5")
+    whole = pretrain(folder, tmp_path / "whole", *words)
+    divided = pretrain(folder, tmp_path / "divided", *words, "--per_device_batch_size", "1", "--num_workers", workers)
+    assert np.abs(np.subtract(losses(whole), losses(divided))).max() < 1e-5
+    assert skipped(tmp_path / "whole") == skipped(tmp_path / "divided")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        when_step(10, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(folder, tmp_path / "cut", *words)
+    assert losses(pretrain(folder, tmp_path / "cut", *words, "--num_workers", workers)) == losses(whole)
+    assert skipped(tmp_path / "cut") == skipped(tmp_path / "whole")
+    assert weights_are_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another number of processes, and secrets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_then_two_then_one__same_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("--log_every", "1", "--save_every", "1000")
+    whole = pretrain(photos, tmp_path / "whole", *common, "--epochs", "12")
+    # The schedule belongs to the whole run, so the run is cut by a signal and not by fewer epochs.
+    with monkeypatch.context() as patch:
+        when_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(SystemExit):
+            pretrain(photos, tmp_path / "run", *common, "--epochs", "12")
+    first, second = start_two(photos, tmp_path / "run", *common, "--epochs", "12")
+    wait_for(first, "step 20/")
+    second.send_signal(signal.SIGTERM)  # one is told, both stop
+    assert output_of(first).count("Stopped by a signal") == 1
+    assert (first.returncode, second.wait(timeout=60)) == (STOPPED, STOPPED)
+    by_steps = pretrain(photos, tmp_path / "run", *common, "--epochs", "12")
+    assert [record["step"] for record in by_steps] == [record["step"] for record in whole]
+    assert np.abs(np.subtract(losses(by_steps), losses(whole))).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
+def test_secrets__are_nowhere(
+    hub: Hub, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard", reason="a tracker's config is searched, too")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb-secret-0123456789")
+    push = ("--push_to_hub", "--hub_model_id", "user/photos", "--report_to", "tensorboard")
+    pretrain(photos, tmp_path / "run", "--epochs", "2", *push)
+    output = "".join(capfd.readouterr())
+    for secret in (WRITE_TOKEN, "wandb-secret-0123456789"):
+        assert secret not in output
+        for path in (tmp_path / "run").rglob("*"):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path

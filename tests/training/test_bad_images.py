@@ -1,0 +1,192 @@
+"""Images that nobody has looked at: each is decoded right or refused, never a crash or a wrong picture."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from mae_hf.training.augment import eval_transform, train_transform
+from mae_hf.training.data import (
+    PADDING,
+    BadImageError,
+    JudgingImages,
+    PretrainingImages,
+    SampleKey,
+    decode_image,
+    evaluation_batches,
+)
+from mae_hf.training.sources import open_source
+
+RED = Image.new("RGB", (30, 20), (200, 20, 40))
+
+
+def save(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def record(content: bytes) -> dict:
+    return {"bytes": content, "path": "photos/the_one.jpg"}
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A small file with a header of a huge grey image, and a few of its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(10_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def jpeg_with_another_size(width: int, height: int) -> bytes:
+    """A JPEG whose header says another size than its data has."""
+    content = bytearray(save(RED, "JPEG"))
+    start = content.index(b"\xff\xc0")
+    content[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def png_with_text(length: int) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * length, zip=True)
+    return save(RED, "PNG", pnginfo=info)
+
+
+REFUSED = {
+    "zero bytes": b"",
+    "text named .jpg": b"this is no image",
+    "truncated JPEG": save(RED.resize((300, 200)), "JPEG")[:900],
+    "truncated PNG": save(RED, "PNG")[:60],
+    "decompression bomb": png_that_says(60_000, 60_000),
+    "bomb that PIL lets pass": png_that_says(12_000, 10_000),
+    "1x20000": save(Image.new("RGB", (1, 20_000)), "PNG"),
+    "float TIFF": save(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"),
+    "JPEG that says it is larger": jpeg_with_another_size(3000, 2000),
+    "gigantic compressed text": png_with_text(3_000_000),
+    "32-bit integers": save(Image.fromarray(np.full((4, 4), 10**6, dtype=np.int32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_with_path_and_reason(kind: str) -> None:
+    with pytest.raises(BadImageError, match=r"photos/the_one\.jpg cannot be read as an image: ."):
+        decode_image(record(REFUSED[kind]), 3)
+
+
+FRAMES = [Image.new("RGB", (30, 20), colour) for colour in ((200, 20, 40), (0, 255, 0))]
+DECODED = {
+    "animated GIF": save(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),  # the first picture
+    "animated WebP": save(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:], lossless=True),
+    "CMYK JPEG": save(RED.convert("CMYK"), "JPEG", quality=95),
+    "palette with transparency": save(RED.convert("P"), "PNG", transparency=bytes([0, 128, 255])),
+    "long EXIF": save(RED, "JPEG", quality=95, comment=b"x" * 60_000),
+}
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_decoded_right(kind: str) -> None:
+    image = decode_image(record(DECODED[kind]), 3)
+    assert image.shape == (3, 20, 30)
+    # A palette of 216 colours, and CMYK, move the colour a little; a lost or swapped channel moves it by over 100.
+    assert (image.float().mean((1, 2)) - torch.tensor([200.0, 20, 40])).abs().max() < 30
+
+
+def test_one_pixel__is_an_image() -> None:
+    image = decode_image(record(save(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")), 3)
+    assert image.flatten().tolist() == [9, 8, 7]
+    assert train_transform((16, 16), [0.2, 1.0], True)(image).shape == (3, 16, 16)
+
+
+def test_sixteen_bit_grey__is_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    image = decode_image(record(save(Image.fromarray(ramp), "PNG")), 1)
+    assert image.flatten().tolist() == list(range(256))
+
+
+def test_upright__whatever_way_the_camera_was_held() -> None:
+    upright = np.zeros((20, 30, 3), dtype=np.uint8)
+    upright[:10, :15] = 250  # bright in the upper left
+    turned = {1: upright, 3: upright[::-1, ::-1], 6: np.rot90(upright), 8: np.rot90(upright, -1)}
+    for orientation, pixels in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = decode_image(record(save(Image.fromarray(np.ascontiguousarray(pixels)), "PNG", exif=exif)), 3)
+        assert torch.equal(image, torch.tensor(upright).permute(2, 0, 1)), orientation
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning"
+)  # PIL, of their headers
+def test_ten_thousand_mutated_files__decode_or_are_refused() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    kinds = ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "JPEG2000", "ICO"]
+    originals = [save(noise, kind) for kind in kinds]
+    generator = np.random.default_rng(0)
+    decoded = refused = 0
+    for number in range(10_000):
+        content = bytearray(originals[number % len(originals)])
+        for _ in range(generator.integers(1, 6)):
+            where = int(generator.integers(len(content) if number % 3 else min(64, len(content))))  # often the header
+            content[where] = int(generator.integers(256))
+        if number % 5 == 0:
+            content = content[: int(generator.integers(1, len(content)))]
+        try:
+            image = decode_image(record(bytes(content)), 3)
+        except BadImageError:
+            refused += 1
+        else:
+            decoded += 1
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
+    assert decoded > 1000
+    assert refused > 1000
+
+
+# --- in a data set
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty images in two classes, of one grey value each; number 3 and number 11 cannot be read."""
+    for number in range(20):
+        path = tmp_path / ("low" if number < 10 else "high") / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 10 * number).save(path)
+    (tmp_path / "low" / "03.png").write_bytes(b"")
+    (tmp_path / "high" / "11.png").write_text("no image")
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples__another_image_in_place_of_a_bad_one(folder: Path, streaming: bool) -> None:
+    source = open_source(str(folder), streaming=streaming)
+    rows = list(source.images)
+    images = PretrainingImages(source, eval_transform((8, 8), 1.0), 1, num_patches=4, seed=0)
+    for epoch in range(2):
+        for index, row in enumerate(rows):
+            key = SampleKey(epoch, index, row if streaming else None)
+            sample, again = images[key], images[key]
+            grey = sample["pixel_values"][0, 0, 0].item()
+            name = Path(row["image"]["path"]).name
+            assert grey == again["pixel_values"][0, 0, 0].item()
+            if name in ("03.png", "11.png"):
+                assert name in sample["problem"]
+                assert grey not in (30, 110)
+            else:
+                assert sample["problem"] == ""
+                assert grey == 10 * int(name[:2])
+
+
+def test_judging__leaves_a_bad_image_out_of_the_count(folder: Path) -> None:
+    source = open_source(str(folder), labelled=True)
+    images = JudgingImages(source, eval_transform((8, 8), 1.0), 1, seed=0)
+    labels = torch.cat([batch["label"] for batch in evaluation_batches(images, 4, 0, 1, 0)])
+    assert (labels != PADDING).sum() == 18
