@@ -280,10 +280,11 @@ def collect(runs: Path) -> dict:
 
     finetune: dict[str, dict[str, list[float]]] = {}
     probe = {}
-    for encoder in ("scratch", "pretrain", "random", "pixels", "vitmae_shipped", "vitmae_repaired", *ABLATIONS):
+    for encoder in ("scratch", "pretrain"):
         for labels in LABELS:
             if scores := percent([f"fashion_mnist/ft_{encoder}_{labels}_s{seed}" for seed in SEEDS], "top1"):
                 finetune.setdefault(encoder, {})[labels] = scores
+    for encoder in ("pretrain", "random", "pixels", "vitmae_shipped", "vitmae_repaired", *ABLATIONS):
         if found := results(f"fashion_mnist/probe_{encoder}"):
             probe[encoder] = {"linear": round(100 * found["top1"], 2), "knn": round(100 * found["knn"][KNN], 2)}
     solar_cells = {
