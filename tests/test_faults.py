@@ -372,8 +372,13 @@ def test_secrets__are_nowhere(
 ) -> None:
     pytest.importorskip("tensorboard", reason="a tracker's config is searched, too")
     monkeypatch.setenv("WANDB_API_KEY", "wandb-secret-0123456789")
+    folder = copy_of(photos, tmp_path / "photos")
+    (folder / "bad.png").write_bytes(b"")
     push = ("--push_to_hub", "--hub_model_id", "user/photos", "--report_to", "tensorboard")
-    pretrain(photos, tmp_path / "run", "--epochs", "2", *push)
+    pretrain(folder, tmp_path / "run", "--epochs", "2", "--max_skipped_images", "0.5", *push)
+    assert "bad.png" in skipped(tmp_path / "run")[0]["image"]
+    (commit,) = hub.model("user/photos").history()
+    assert not any(str(tmp_path).encode() in file.content for file in commit.files.values())
     output = "".join(capfd.readouterr())
     for secret in (WRITE_TOKEN, "wandb-secret-0123456789"):
         assert secret not in output

@@ -13,9 +13,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-# What of a run folder is for others: model and code, processor, card, metrics, versions, pictures. Checkpoints, logs
-# and recipe.yaml, which has the paths of this machine, are not.
-SHARED_FILES = ("README.md", "*.json", "*.jsonl", "*.safetensors", "*.py", "*.png")
+# What of a run folder is for others: model and code, processor, card, metrics, versions, pictures. Checkpoints, logs,
+# and recipe.yaml and skipped.jsonl, which have the paths of this machine, are not.
+SHARED_FILES = ("README.md", "*.json", "metrics.jsonl", "*.safetensors", "*.py", "*.png")
 
 
 class HubPush:
