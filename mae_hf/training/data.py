@@ -34,6 +34,7 @@ LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorte
 
 MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
 SPARE_ROWS = 16
+WORKER_TIMEOUT = 600  # seconds for a batch, after which a worker counts as lost: a run that ends can be started again
 
 
 class BadImageError(ValueError):
@@ -343,8 +344,18 @@ def batches(
         def __len__(self) -> int:
             return (schedule.total_steps - first_step) * schedule.rounds
 
+    return _loader(images, OwnKeys(), num_workers)
+
+
+def _loader(
+    images: Samples, order: torch.utils.data.Sampler[list[SampleKey]], num_workers: int
+) -> torch.utils.data.DataLoader[dict[str, Any]]:
     return torch.utils.data.DataLoader(
-        images, batch_sampler=OwnKeys(), num_workers=num_workers, pin_memory=torch.cuda.is_available()
+        images,
+        batch_sampler=order,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        timeout=WORKER_TIMEOUT if num_workers else 0,
     )
 
 
@@ -378,6 +389,4 @@ def evaluation_batches(
                 round_of_all += [filler] * (batch_size * num_processes - len(round_of_all))
                 yield round_of_all[process_index * batch_size :][:batch_size]
 
-    return torch.utils.data.DataLoader(
-        images, batch_sampler=InOrder(), num_workers=num_workers, pin_memory=torch.cuda.is_available()
-    )
+    return _loader(images, InOrder(), num_workers)

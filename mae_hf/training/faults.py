@@ -71,7 +71,7 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         end(f"{name}: {error}")
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
+        if str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             end(f"{name}: A process that loads images was lost: {error} Start again to go on from the last checkpoint.")
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             raise
