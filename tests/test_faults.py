@@ -261,8 +261,9 @@ def test_fewer_processes_than_asked_for__are_refused(photos: Path, tmp_path: Pat
 def test_worker_dies__the_run_says_so(photos: Path, tmp_path: Path) -> None:
     process = start([SCRIPT, *arguments(photos, tmp_path / "run", *LONG, "--num_workers", "2")])
     wait_for(process, "step 10/")
-    for worker in psutil.Process(process.pid).children():
-        worker.kill()
+    for server in psutil.Process(process.pid).children():
+        for worker in server.children():
+            worker.kill()
     rest = output_of(process)
     assert process.returncode == 1, rest
     assert "run_pretrain.py: A process that loads images was lost" in rest

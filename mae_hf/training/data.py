@@ -6,6 +6,7 @@ interruption enters, so a run that is resumed at step s needs to know s and noth
 """
 
 import io
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -350,10 +351,15 @@ def batches(
 def _loader(
     images: Samples, order: torch.utils.data.Sampler[list[SampleKey]], num_workers: int
 ) -> torch.utils.data.DataLoader[dict[str, Any]]:
+    # Not forked from this process, which has threads (of gloo, of progress bars): one fork in some dozens hung. The
+    # server that is forked in its place imports what every worker needs just once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
     return torch.utils.data.DataLoader(
         images,
         batch_sampler=order,
         num_workers=num_workers,
+        multiprocessing_context=context if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         timeout=WORKER_TIMEOUT if num_workers else 0,
     )
