@@ -119,6 +119,15 @@ def test_two_processes__same_losses_as_one(photos: str, tmp_path: Path) -> None:
     assert max((first[name] - second[name]).abs().max() for name in first) < 1e-4
 
 
+def test_accumulation__exchanges_gradients_once_a_step(photos: str, tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("count_exchanges.py"))
+    arguments = ["--dataset", photos, *SMALL, "--per_device_batch_size", "1", "--output_dir", str(tmp_path / "run")]
+    done = launch("torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes x 1 images x 2 rounds of accumulation" in done.stdout
+    assert done.stdout.count("exchanges 10\n") == 2  # ten steps of two rounds
+
+
 def test_accumulation__same_losses_as_one_batch(photos: str, tmp_path: Path) -> None:
     whole = pretrain(photos, tmp_path / "whole")
     parts = pretrain(photos, tmp_path / "parts", "--per_device_batch_size", "1")
