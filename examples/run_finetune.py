@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    stop = StopSignal(accelerator)
+    stop = StopSignal(accelerator, recipe.process_timeout)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()

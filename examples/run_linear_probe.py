@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         return ["features at hand"]
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    stop = StopSignal(accelerator)
+    stop = StopSignal(accelerator, recipe.process_timeout)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     probes.train()
     parts = 1 if is_linear else schedule.rounds

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 
 import psutil
@@ -21,12 +22,14 @@ class StopSignal:
     Args:
         accelerator: of the run. The processes agree, over a group of their own on the CPU, so that all of them stop
             after the same step, without waiting for a GPU.
+        process_timeout: seconds after which a process that the others wait for counts as lost.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, process_timeout: int) -> None:
         self.received: str | None = None
         self.is_alone = accelerator.num_processes == 1
-        self.group = None if self.is_alone else distributed.new_group(backend="gloo")
+        timeout = timedelta(seconds=process_timeout)
+        self.group = None if self.is_alone else distributed.new_group(backend="gloo", timeout=timeout)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -68,6 +71,8 @@ def run_script(main: Callable[[], None]) -> None:
     name = os.path.basename(sys.argv[0])
     try:
         main()
+    except (ConnectionError, EOFError) as error:  # of the queue between this process and its workers
+        end(f"{name}: A process that loads images was lost ({error}). Start again to go on from the last checkpoint.")
     except (ValueError, OSError, FloatingPointError) as error:
         end(f"{name}: {error}")
     except RuntimeError as error:
