@@ -50,6 +50,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)
         (folder / "losses.json").write_text(json.dumps((losses / num_processes).tolist()))
+    distributed.barrier()  # a process that is gone earlier can make the other abort while it leaves
     distributed.destroy_process_group()
 
 

@@ -287,7 +287,7 @@ class StepLosses:
                 more = f" and {len(names) - NAMED_IMAGES} more" if len(names) > NAMED_IMAGES else ""
                 raise FloatingPointError(
                     f"The loss of step {first_bad} is {losses[0]}; nothing was saved after it. A lower --base_lr or "
-                    f"--mixed_precision bf16 usually helps, and --max_skipped_steps leaves such steps out. Its images: "
+                    f"--mixed_precision bf16 usually helps. Its images: "
                     f"{', '.join(names[:NAMED_IMAGES])}{more}."
                 )
         return self.known
