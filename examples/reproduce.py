@@ -47,14 +47,11 @@ SHORT = ["--epochs", "8", "--warmup_epochs", "1"]  # pre-training to compare wit
 ABLATIONS = {
     "ab_ratio25": ["--mask_ratio", "0.25"],
     "ab_ratio50": ["--mask_ratio", "0.5"],
-    "ab_ratio60": ["--mask_ratio", "0.6"],
     "ab_ratio75": [],  # the baseline: the recipe as it is
-    "ab_ratio85": ["--mask_ratio", "0.85"],
     "ab_ratio90": ["--mask_ratio", "0.9"],
     "ab_plain": ["--norm_pix_loss", "false"],
     "ab_depth1": ["--decoder_num_hidden_layers", "1"],
     "ab_depth4": ["--decoder_num_hidden_layers", "4"],
-    "ab_depth8": ["--decoder_num_hidden_layers", "8"],
     "ab_masktokens": ["--mask_tokens_in_encoder", "true"],
 }
 BASELINE = "ab_ratio75"

@@ -39,7 +39,7 @@ from mae_hf.training.evaluate import (
     knn_accuracy,
     pool,
 )
-from mae_hf.training.faults import STOPPED, StopSignal, refuse_fewer_processes, run_script
+from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.recipe import ProbeRecipe, parse_recipe
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
-    refuse_fewer_processes(accelerator.num_processes)
+    check_launcher(accelerator.num_processes)
     say, device = accelerator.print, accelerator.device
 
     with accelerator.main_process_first():  # the others find what it has written to the cache

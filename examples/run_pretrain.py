@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
-from mae_hf.training.faults import STOPPED, StopSignal, refuse_fewer_processes, run_script
+from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
-    refuse_fewer_processes(accelerator.num_processes)
+    check_launcher(accelerator.num_processes)
     say = accelerator.print
 
     with accelerator.main_process_first():  # the others find what it has written to the cache

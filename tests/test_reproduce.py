@@ -174,7 +174,7 @@ def test_jobs__with_and_without_pretraining_have_the_same_labels_and_epochs() ->
 def test_chosen_jobs__once_and_by_name() -> None:
     both = chosen_jobs(["fashion_mnist", "ablations", "vit_mae"], None, DATA, RUNS)
     assert len({job.name for job in both}) == len(both)
-    assert {"fashion_mnist/vitmae_shipped", "fashion_mnist/ab_depth8"} <= {job.name for job in both}
+    assert {"fashion_mnist/vitmae_shipped", "fashion_mnist/ab_depth4"} <= {job.name for job in both}
     (job,) = chosen_jobs(["solar_cells"], ["pretrain_fold3"], DATA, RUNS)
     assert job.name == "elpv/pretrain_fold3"
     with pytest.raises(ValueError, match=r"no job 'pretrain_fold9'\. Did you mean"):

@@ -53,6 +53,7 @@ def start(host: str, rank: int, dataset: Path, run: Path) -> subprocess.Popen[st
     script = [SCRIPT, "--dataset", str(dataset), *SMALL, "--output_dir", str(run), "--process_timeout", "8"]
     script += ["--epochs", "120", "--log_every", "5", "--save_every", "10"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     words = ["ip", "netns", "exec", host, sys.executable, *torchrun, *script]
     log = (run.parent / f"{run.name}-{rank}.log").open("w")
     return subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)

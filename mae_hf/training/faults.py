@@ -1,4 +1,4 @@
-"""What happens to a run from outside, and how it ends: signals, a lost process, fewer processes than asked for."""
+"""What happens to a run from outside, and how it ends: signals, a lost process, a launcher that fails."""
 
 import os
 import signal
@@ -45,13 +45,15 @@ class StopSignal:
         return bool(told)
 
 
-def refuse_fewer_processes(num_processes: int) -> None:
-    """Stop a run that was asked for more processes than it has.
+def check_launcher(num_processes: int) -> None:
+    """Refuse a launcher that has not done, or later cannot do, what it was asked for.
 
-    `accelerate launch --cpu --num_processes 2` starts a single process, and says nothing.
+    `accelerate launch --cpu --num_processes 2` starts a single process, and says nothing. torchrun keeps the store in
+    which the processes publish their addresses over its restarts: who comes back first finds those of processes that
+    are dead, so that every other meeting fails or hangs (torch 2.14).
 
     Raises:
-        ValueError: the launcher's command line asks for more.
+        ValueError: the launcher's command line asks for more processes; or it would restart them with the old store.
     """
     launcher = psutil.Process().parent()
     words = launcher.cmdline() if launcher is not None else []
@@ -61,6 +63,13 @@ def refuse_fewer_processes(num_processes: int) -> None:
                 f"The run was asked for {words[words.index(option) + 1]} processes and has {num_processes}. On a CPU "
                 f"accelerate launch starts only one: use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N instead."
             )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and num_processes > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun is to restart the processes (--max_restarts {restarts}), but they would look for each other at "
+            f"the addresses of those that died. Put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun, and, "
+            f"with several machines, use --rdzv_backend c10d."
+        )
 
 
 def run_script(main: Callable[[], None]) -> None:
