@@ -77,6 +77,11 @@ class MAEConfig(PreTrainedConfig):
         norm_pix_loss: predict pixels normalised by the mean and variance of their patch (Table 1d).
         mask_tokens_in_encoder: in pre-training, the encoder sees a mask token in place of each hidden patch, rather
             than only the visible ones: the slower and worse choice of Table 1c, for comparison.
+        decoder_type: `"self"`, the paper's decoder: self-attention over latents and mask tokens. `"cross"`: each mask
+            token attends to the latents alone (CrossMAE, Fu et al. 2024, arXiv 2401.14391), which is cheaper, and lets
+            a part of the hidden patches be predicted.
+        prediction_ratio: share of the hidden patches that a `"cross"` decoder predicts in training, CrossMAE's 1/3 for
+            instance; in evaluation it predicts all of them.
 
     Raises:
         ValueError: a value, or a pair of values, that no model can be built from.
@@ -106,6 +111,8 @@ class MAEConfig(PreTrainedConfig):
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
     mask_tokens_in_encoder: bool = False
+    decoder_type: str = "self"
+    prediction_ratio: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
@@ -214,6 +221,17 @@ class MAEConfig(PreTrainedConfig):
             raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
+        if self.decoder_type not in ("self", "cross"):
+            raise ValueError(f"decoder_type must be 'self' or 'cross', but is {self.decoder_type!r}.")
+        if not isinstance(self.prediction_ratio, int | float) or not 0 < self.prediction_ratio <= 1:
+            raise ValueError(f"prediction_ratio must be above 0 and at most 1, but is {self.prediction_ratio!r}.")
+        if self.prediction_ratio < 1 and self.decoder_type == "self":
+            raise ValueError(
+                "prediction_ratio below 1 needs decoder_type='cross': mask tokens that attend to one another are all "
+                "needed."
+            )
+        if self.mask_tokens_in_encoder and self.decoder_type == "cross":
+            raise ValueError("decoder_type='cross' has mask tokens of its own: leave out mask_tokens_in_encoder.")
         patch_height, patch_width = self.patch_shape
         if self.norm_pix_loss and patch_height * patch_width * self.num_channels == 1:
             raise ValueError(

@@ -354,6 +354,13 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
     if to == "mae":
         model.save_pretrained(destination)
         return [f"Written: {type(model).__name__} in {destination}, {TARGETS[to]}."]
+    has_decoder = to in ("vit_mae", "original") and isinstance(model, MAEForPreTraining)
+    if has_decoder and (model.config.decoder_type == "cross" or model.config.mask_tokens_in_encoder):
+        raise ValueError(
+            f"This model has decoder_type {model.config.decoder_type!r} and mask_tokens_in_encoder "
+            f"{model.config.mask_tokens_in_encoder}: {to} has only the paper's decoder, which cannot run such weights. "
+            f"Convert the encoder --to vit or timm."
+        )
     if to in ("vit_mae", "vit"):
         return _save_transformers(model, Path(destination), to)
     return _save_original(model, Path(destination), to)

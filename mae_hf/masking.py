@@ -57,6 +57,12 @@ def restore(visible: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
     return take(torch.cat([visible, hidden], dim=1), ids_restore)
 
 
+def take_hidden(ids_restore: Tensor, num_visible: int, num_predicted: int) -> Tensor:
+    """Some of the hidden patches, as random as the noise was: ids_restore (B, N) -> ids (B, num_predicted) int64."""
+    ids_shuffle = torch.argsort(ids_restore, dim=1)
+    return ids_shuffle[:, num_visible : num_visible + num_predicted]
+
+
 def patch_mask(bool_masked_pos: Tensor, patch_shape: tuple[int, int]) -> Tensor:
     """A user's own mask as one entry a patch: (B, N) as it is, or a pixel mask reduced to patches.
 

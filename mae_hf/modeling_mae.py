@@ -16,14 +16,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file
-from .masking import patch_mask, random_masking, replace_hidden, restore, take
+from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
 from .patches import (
     denormalize_patches,
     normalize_patches,
@@ -36,13 +37,15 @@ from .patches import (
 
 @dataclass
 class MAEForPreTrainingOutput(ModelOutput):
-    """What `MAEForPreTraining` returns; the fields of transformers' `ViTMAEForPreTrainingOutput`.
+    """What `MAEForPreTraining` returns; the fields of transformers' `ViTMAEForPreTrainingOutput`, and one more.
 
     loss: () float32, mean squared error over the hidden patches.
-    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`.
+    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`; of a "cross" decoder in training
+        only those of `ids_predicted`.
     mask: (B, N) float32, 1 where a patch was hidden.
     ids_restore: (B, N) int64, where each patch went in the shuffled order.
     hidden_states, attentions: of the encoder, see `MAEModel`.
+    ids_predicted: (B, n) int64, the patches that a "cross" decoder predicted; `None` means all, in raster order.
     """
 
     loss: Tensor | None = None
@@ -51,6 +54,7 @@ class MAEForPreTrainingOutput(ModelOutput):
     ids_restore: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    ids_predicted: Tensor | None = None
 
 
 @dataclass
@@ -107,13 +111,33 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, the only implementation that also returns its weights; signature of transformers' own."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    weights = F.softmax(scores, dim=-1).to(query.dtype)  # in half precision, too, it adds up in float32
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
+def sdpa_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' `sdpa`, but written out where torch's own takes 2 to 5 times as long: training a CPU in bfloat16.
+
+    With very many tokens it is no slower there, and does not hold a weight for each pair of them.
+    """
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if on_cpu and torch.is_grad_enabled() and key.shape[2] <= 1024:
+        mixed, _ = eager_attention(module, query, key, value, attention_mask, **kwargs)
+        return mixed, None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # transformers' own, but for one; it looks for this name in our code
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+
+
 class MAEAttention(nn.Module):
+    """Multi-head attention of tokens (B, T, width) to a context (B, S, width), or to themselves."""
+
     def __init__(self, config: MAEConfig, width: int, num_heads: int) -> None:
         super().__init__()
         self.config = config
@@ -125,12 +149,12 @@ class MAEAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         batch, length, width = hidden_states.shape
-        heads = (batch, length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        context = hidden_states if context is None else context
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+        key = self.k_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -151,7 +175,10 @@ class MAEMLP(nn.Module):
 
 
 class MAELayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block: tokens (B, T, width) -> the same shape, and the attention weights if eager."""
+    """A pre-norm transformer block: tokens (B, T, width) -> the same shape, and the attention weights if eager.
+
+    The tokens attend to one another, or, where a context (B, S, width) is given, to that alone.
+    """
 
     def __init__(
         self, config: MAEConfig, width: int, num_heads: int, intermediate_size: int, drop_path_rate: float = 0.0
@@ -164,8 +191,8 @@ class MAELayer(GradientCheckpointingLayer):
         self.dropout = dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attention(self.layernorm_before(hidden_states))
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.attention(self.layernorm_before(hidden_states), context)
         hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
         expanded = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = hidden_states + self.drop_path(self.dropout(expanded))
@@ -221,7 +248,11 @@ class MAEEmbeddings(nn.Module):
 
 
 class MAEDecoder(nn.Module):
-    """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder")."""
+    """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder").
+
+    With `decoder_type="cross"`, to those of `ids_predicted`: a mask token for each of them attends to the latents, and
+    to no other mask token (CrossMAE, without its mixing of the encoder's layers).
+    """
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
@@ -240,15 +271,24 @@ class MAEDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, patch_height * patch_width * config.num_channels)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor, grid_shape: tuple[int, int]) -> Tensor:
-        tokens = self.decoder_embed(latent)  # (B, 1 + V, E)
-        if self.mask_token is not None:
-            patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
-            tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
+    def forward(
+        self, latent: Tensor, ids_restore: Tensor, ids_predicted: Tensor | None, grid_shape: tuple[int, int]
+    ) -> Tensor:
+        positions = resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
+        tokens, context = self.decoder_embed(latent), None  # (B, 1 + V, E)
+        if ids_predicted is not None and self.mask_token is not None:
+            context = tokens
+            tokens = self.mask_token + take(positions[:, 1:].expand(len(latent), -1, -1), ids_predicted)  # (B, n, E)
+        else:
+            if self.mask_token is not None:
+                patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
+                tokens = torch.cat([tokens[:, :1], patches], dim=1)
+            tokens = tokens + positions
         for layer in self.decoder_layers:
-            tokens, _ = layer(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]  # (B, N, PQC)
+            tokens, _ = layer(tokens, context)
+        if context is None:
+            tokens = tokens[:, 1:]  # without the class token
+        return self.decoder_pred(self.decoder_norm(tokens))  # (B, N or n, PQC)
 
 
 class MAEClassifier(nn.Linear):
@@ -555,8 +595,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        logits = self.decoder(encoded.last_hidden_state, ids_restore, grid_shape)
-        loss = self._reconstruction_loss(pixel_values, logits, mask)
+        ids_predicted = self._choose_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
+        logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)
+        loss = self._reconstruction_loss(pixel_values, logits, mask, ids_predicted)
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -564,6 +605,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             ids_restore=ids_restore,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
+            ids_predicted=ids_predicted,
         )
 
     def _choose_visible(
@@ -596,9 +638,26 @@ class MAEForPreTraining(MAEPreTrainedModel):
             )
         return random_masking(noise.to(pixel_values.device), num_visible)
 
-    def _reconstruction_loss(self, pixel_values: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    def _choose_predicted(self, ids_restore: Tensor, num_visible: int, is_random: bool) -> Tensor | None:
+        """ids (B, n) of the patches that a "cross" decoder predicts: of the hidden ones in training, else of all.
+
+        A mask of the caller's own has no random order, in which the first ones would be a fair part.
+        """
+        if self.config.decoder_type == "self":
+            return None
+        batch, num_patches = ids_restore.shape
+        if not self.training:
+            return torch.arange(num_patches, device=ids_restore.device).expand(batch, -1)
+        ratio = self.config.prediction_ratio if is_random else 1
+        return take_hidden(ids_restore, num_visible, max(1, round(ratio * (num_patches - num_visible))))
+
+    def _reconstruction_loss(
+        self, pixel_values: Tensor, logits: Tensor, mask: Tensor, ids_predicted: Tensor | None
+    ) -> Tensor:
         """Mean over the hidden patches of the mean squared error of their pixels, always in float32."""
         patches = patchify(pixel_values, self.config.patch_shape)
+        if ids_predicted is not None:
+            patches, mask = take(patches, ids_predicted), mask.gather(1, ids_predicted)
         target = normalize_patches(patches) if self.config.norm_pix_loss else patches.float()
         patch_loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
         return (patch_loss * mask).sum() / mask.sum()

@@ -103,6 +103,11 @@ def test_num_channels__any(channels: int) -> None:
         ({"attention_probs_dropout_prob": 1.0}, "attention_probs_dropout_prob must be at least 0 and below 1"),
         ({"drop_path_rate": 1}, "drop_path_rate must be at least 0 and below 1, but is 1"),
         ({"drop_path_rate": math.nan}, "drop_path_rate must be at least 0 and below 1, but is nan"),
+        ({"decoder_type": "both"}, "decoder_type must be 'self' or 'cross', but is 'both'"),
+        ({"decoder_type": "cross", "prediction_ratio": 0}, "prediction_ratio must be above 0 and at most 1, but is 0"),
+        ({"decoder_type": "cross", "prediction_ratio": "all"}, "prediction_ratio must be above 0 and at most 1"),
+        ({"prediction_ratio": 0.5}, "prediction_ratio below 1 needs decoder_type='cross'"),
+        ({"decoder_type": "cross", "mask_tokens_in_encoder": True}, "has mask tokens of its own"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'cls', but is 'max'"),
         ({"initializer_range": -0.02}, "initializer_range must be at least 0 and finite, but is -0.02"),
         ({"layer_norm_eps": -1e-6}, "layer_norm_eps must be at least 0 and finite"),
@@ -207,6 +212,8 @@ def test_round_trip__every_field(tmp_path) -> None:
         "decoder_intermediate_size": 44,
         "mask_ratio": 0.6,
         "norm_pix_loss": False,
+        "decoder_type": "cross",
+        "prediction_ratio": 0.25,
     }
     config = tiny_config(**fields)
     config.save_pretrained(tmp_path)

@@ -707,6 +707,8 @@ def test_the_pooler_of_vit_is_left_out_and_said_to_be(tmp_path):
         ("pretraining", {"patch_size": (8, 16)}, "original", "square images and patches only, and this model has 8x16"),
         ("encoder", {"hidden_act": "relu"}, "timm", "hidden_act is 'relu'"),
         ("encoder", {"qkv_bias": False}, "original", "The original has biases on query, key and value"),
+        ("pretraining", {"decoder_type": "cross"}, "vit_mae", "'cross'.* vit_mae has only the paper's decoder"),
+        ("pretraining", {"mask_tokens_in_encoder": True}, "original", "in_encoder True: original has only the paper's"),
         ("encoder", {}, "flax", "There is no target 'flax'"),
     ],
 )

@@ -20,10 +20,12 @@ from transformers import (
     AutoModelForPreTraining,
     ViTImageProcessor,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
-from mae_hf.modeling_mae import DropPath
+from mae_hf.modeling_mae import DropPath, sdpa_attention
+from mae_hf.patches import normalize_patches, patchify
 
 MODELS = [MAEModel, MAEForPreTraining, MAEForImageClassification]
 CONFIG = tiny_config()
@@ -49,7 +51,9 @@ def run(model, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **
 
 def test_forward__output_of_vit_mae() -> None:
     output = seeded(MAEForPreTraining, CONFIG)(IMAGES)
-    assert list(MAEForPreTrainingOutput.__dataclass_fields__) == list(ViTMAEForPreTrainingOutput.__dataclass_fields__)
+    theirs = list(ViTMAEForPreTrainingOutput.__dataclass_fields__)
+    assert list(MAEForPreTrainingOutput.__dataclass_fields__) == [*theirs, "ids_predicted"]
+    assert output.ids_predicted is None
     assert (output.loss.shape, output.loss.dtype) == ((), torch.float32)
     assert (output.logits.shape, output.logits.dtype) == ((2, 16, 192), torch.float32)
     assert (output.mask.shape, output.mask.dtype) == ((2, 16), torch.float32)
@@ -89,6 +93,48 @@ def test_mask_tokens_in_encoder__loads_into_the_other_models(tmp_path: Path) -> 
     assert torch.equal(encoder(IMAGES).last_hidden_state, model.vit(IMAGES).last_hidden_state)
     _, info = MAEForImageClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
     assert not info["unexpected_keys"]
+
+
+def test_cross_decoder__predicts_a_share_of_the_hidden_patches_in_training() -> None:
+    model = scrambled(MAEForPreTraining, decoder_type="cross", prediction_ratio=0.5)  # 6 of the 12 hidden patches
+    whole = model(IMAGES, noise=NOISE)
+    part = model.train()(IMAGES, noise=NOISE)
+    assert part.logits.shape[1] == 6
+    assert part.mask.gather(1, part.ids_predicted).all()
+    expected = torch.stack([logits[ids] for logits, ids in zip(whole.logits, part.ids_predicted, strict=True)])
+    assert max_difference(part.logits, expected) < 1e-5
+
+    patches = patchify(IMAGES, CONFIG.patch_shape)
+    targets = [normalize_patches(own[ids]) for own, ids in zip(patches, part.ids_predicted, strict=True)]
+    loss = (part.logits - torch.stack(targets)).square().mean()
+    assert max_difference(part.loss, loss) < 1e-5
+
+
+def test_cross_decoder__each_hidden_patch_equally_often() -> None:
+    config = tiny_config(decoder_type="cross", prediction_ratio=1 / 3)
+    model = seeded(MAEForPreTraining, config).train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids = model(random_images(config, batch=2000)).ids_predicted  # 4 of 16, whichever are hidden
+    assert ids.shape == (2000, 4)
+    counts = ids.flatten().bincount(minlength=16)
+    assert (counts - 500).abs().max() < 5 * (500 * 0.75) ** 0.5  # five standard deviations
+
+
+def test_cross_decoder__own_mask_is_predicted_whole() -> None:
+    model = scrambled(MAEForPreTraining, decoder_type="cross", prediction_ratio=0.25).train()
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[:, 5:11] = True
+    assert model(IMAGES, bool_masked_pos=hidden).ids_predicted.sort().values.tolist() == [list(range(5, 11))] * 2
+
+
+def test_cross_decoder__every_parameter_is_used_and_the_encoder_loads(tmp_path: Path) -> None:
+    model = scrambled(MAEForPreTraining, decoder_type="cross", prediction_ratio=0.5).train()
+    model(IMAGES, noise=NOISE).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    encoder = MAEModel.from_pretrained(tmp_path)
+    assert max_difference(run(encoder, IMAGES), run(model.vit.eval(), IMAGES)) == 0
 
 
 def test_forward__loss_counts_hidden_patches_alone() -> None:
@@ -408,6 +454,22 @@ def test_sdpa__equals_eager(model_class: type) -> None:
     assert max_difference(*gradients) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [50, 1100])
+def test_sdpa__on_a_cpu_in_bfloat16_has_the_values_and_gradients_of_torchs_own(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = MAEModel(CONFIG).layers[0].attention
+    inputs = [torch.randn(1, 2, tokens, 16, generator=generator).bfloat16() for _ in range(3)]
+    results = []
+    for attend, dtype in ((sdpa_attention, torch.bfloat16), (sdpa_attention_forward, torch.float32)):
+        query, key, value = (tensor.detach().to(dtype).clone().requires_grad_() for tensor in inputs)
+        mixed, weights = attend(module, query, key, value, None, scaling=0.25)
+        assert weights is None
+        mixed.square().sum().backward()
+        results.append([mixed, query.grad, key.grad, value.grad])
+    for fast, exact in zip(*results, strict=True):
+        assert max_difference(fast, exact) < 0.02 * exact.abs().max()  # bfloat16 has three digits
+
+
 def test_flex_attention__equals_eager() -> None:
     model = scrambled(MAEModel, hidden_size=64)  # flex wants heads of at least 16
     eager = run(model, IMAGES)
@@ -496,7 +558,7 @@ def test_autocast__target_and_loss_in_float32(dtype: torch.dtype) -> None:
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
     # The loss of these very logits, in float32 from there on.
-    assert output.loss == model._reconstruction_loss(IMAGES, output.logits.float(), output.mask)
+    assert output.loss == model._reconstruction_loss(IMAGES, output.logits.float(), output.mask, None)
     assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
 
 

@@ -47,21 +47,25 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return np.vectorize(lambda number: number * (1 + math.erf(number / math.sqrt(2))) / 2)(x)
 
 
-def attention(x: np.ndarray, weights: Weights, name: str, heads: int) -> np.ndarray:
-    query, key, value = (linear(x, weights, f"{name}.{which}_proj") for which in "qkv")
+def attention(x: np.ndarray, context: np.ndarray, weights: Weights, name: str, heads: int) -> np.ndarray:
+    query = linear(x, weights, f"{name}.q_proj")
+    key, value = (linear(context, weights, f"{name}.{which}_proj") for which in "kv")
     size = x.shape[1] // heads
     mixed = np.zeros_like(x)
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         for i in range(len(x)):
-            scores = np.array([query[i, part] @ key[j, part] / math.sqrt(size) for j in range(len(x))])
+            scores = np.array([query[i, part] @ key[j, part] / math.sqrt(size) for j in range(len(context))])
             shares = np.exp(scores) / np.exp(scores).sum()
             mixed[i, part] = sum(share * value[j, part] for j, share in enumerate(shares))
     return linear(mixed, weights, f"{name}.o_proj")
 
 
-def block(x: np.ndarray, weights: Weights, name: str, heads: int, eps: float) -> np.ndarray:
-    x = x + attention(layer_norm(x, weights, f"{name}.layernorm_before", eps), weights, f"{name}.attention", heads)
+def block(
+    x: np.ndarray, weights: Weights, name: str, heads: int, eps: float, context: np.ndarray | None = None
+) -> np.ndarray:
+    normalized = layer_norm(x, weights, f"{name}.layernorm_before", eps)
+    x = x + attention(normalized, normalized if context is None else context, weights, f"{name}.attention", heads)
     hidden = gelu(linear(layer_norm(x, weights, f"{name}.layernorm_after", eps), weights, f"{name}.mlp.fc1"))
     return x + linear(hidden, weights, f"{name}.mlp.fc2")
 
@@ -82,16 +86,21 @@ def encode(patches: np.ndarray, visible: list[int], positions: np.ndarray, weigh
 
 
 def decode(latent: np.ndarray, visible: list[int], positions: np.ndarray, weights: Weights, config: MAEConfig):
-    """The full set of tokens, a shared mask token in every hidden place, through the decoder to pixels."""
+    """The full set of tokens, a shared mask token in every hidden place, through the decoder to pixels.
+
+    A cross-attention decoder has a mask token for every place, and looks at the latents alone.
+    """
     latent = linear(latent, weights, "decoder.decoder_embed")
+    crosses = config.decoder_type == "cross"
     tokens = [latent[0] + positions[0]]
     for patch in range(config.num_patches):
-        token = latent[1 + visible.index(patch)] if patch in visible else weights["decoder.mask_token"][0, 0]
+        is_latent = patch in visible and not crosses
+        token = latent[1 + visible.index(patch)] if is_latent else weights["decoder.mask_token"][0, 0]
         tokens.append(token + positions[1 + patch])
     tokens = np.array(tokens)
     for i in range(config.decoder_num_hidden_layers):
-        name = f"decoder.decoder_layers.{i}"
-        tokens = block(tokens, weights, name, config.decoder_num_attention_heads, config.layer_norm_eps)
+        name, heads = f"decoder.decoder_layers.{i}", config.decoder_num_attention_heads
+        tokens = block(tokens, weights, name, heads, config.layer_norm_eps, latent if crosses else None)
     tokens = layer_norm(tokens, weights, "decoder.decoder_norm", config.layer_norm_eps)
     return linear(tokens[1:], weights, "decoder.decoder_pred")
 
@@ -132,6 +141,7 @@ VARIANTS = {
     "rectangular": {"image_size": (16, 36), "patch_size": (8, 6), "num_channels": 1, "mask_ratio": 0.6},
     "five channels": {"num_channels": 5, "patch_size": 16, "mask_ratio": 0.5},
     "no qkv bias": {"qkv_bias": False},
+    "cross-attention decoder": {"decoder_type": "cross", "prediction_ratio": 0.5},
     "other widths": {"intermediate_size": 20, "decoder_intermediate_size": 12, "layer_norm_eps": 1e-2},
 }
 

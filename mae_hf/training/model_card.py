@@ -87,6 +87,8 @@ def write_pretraining_card(
         recipe=shareable_recipe(recipe, source_name),
         epochs=_epochs(recipe, history),
         mask_percent=round(100 * recipe.mask_ratio),
+        decoder_type=recipe.decoder_type,
+        predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",
         final_loss=f"{history[-1]['loss']:.4f}" if history else "not logged",
         curve=loss_table(history),

@@ -200,6 +200,8 @@ class PretrainRecipe(Recipe):
     mask_tokens_in_encoder: bool = setting(
         False, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
     )
+    decoder_type: str = setting("self", "self, the paper's decoder, or cross, the cheaper one of CrossMAE")
+    prediction_ratio: float = setting(1.0, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3")
 
     adam_beta1: float = setting(0.9, "AdamW's beta 1")
     adam_beta2: float = setting(0.95, "AdamW's beta 2")

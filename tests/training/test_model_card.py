@@ -115,3 +115,10 @@ def test_published__cards_are_what_fill_writes(size: str, monkeypatch: pytest.Mo
         model = MAEForPreTraining(MAEConfig.from_size(size))
     assert f"{sum(p.numel() for p in model.parameters()):,}" == PUBLISHED[size]["parameters"]
     assert f"{sum(p.numel() for p in model.vit.parameters()):,}" == PUBLISHED[size]["encoder_parameters"]
+
+
+def test_decoder__named_where_it_is_not_the_papers(tmp_path: Path) -> None:
+    crossed = card(tmp_path, "images", decoder_type="cross", prediction_ratio=1 / 3).text
+    assert "a cross-attention decoder (CrossMAE" in crossed
+    assert "predicted 33 % of the hidden patches" in crossed
+    assert "CrossMAE" not in card(tmp_path, "images").text
