@@ -143,11 +143,20 @@ def test_total_batch_larger_than_the_images__still_steps(photos: str, tmp_path: 
     assert not torch.equal(moved["decoder.mask_token"], still["decoder.mask_token"])
 
 
+STREAM = ["--streaming", "true", "--images_per_epoch", "10", "--shuffle_buffer", "3"]
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("stream", [[], STREAM], ids=["files", "stream"])
 def test_interrupted__ends_like_undisturbed(
-    workers: str, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workers: str,
+    stream: list[str],
+    photos: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ("--save_every", "3", "--picture_every", "4", "--num_workers", workers)
+    arguments = ("--save_every", "3", "--picture_every", "4", "--num_workers", workers, *stream)
     undisturbed = pretrain(photos, tmp_path / "whole", *arguments)
 
     def lr_at(step: int, *others: float) -> float:
