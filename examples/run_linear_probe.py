@@ -266,9 +266,11 @@ def main(arguments: list[str] | None = None) -> None:
             folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
         elif stop.was_received():
             folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            folder.wait()
             say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
             accelerator.end_training()
             sys.exit(STOPPED)
+    folder.wait()
     progress.close()
 
     # ----------------------------------------------------------------------------------------------------------------

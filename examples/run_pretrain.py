@@ -240,11 +240,13 @@ def main(arguments: list[str] | None = None) -> None:
                     hub.in_background(f"Step {step} of {total_steps}")
         elif stop.was_received():
             folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            folder.wait()
             say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
             accelerator.end_training()
             sys.exit(STOPPED)
         if recipe.picture_every and step % recipe.picture_every == 0:
             save_reconstructions(folder.pictures / f"step-{step:08d}.png")
+    folder.wait()
     progress.close()
 
     # ----------------------------------------------------------------------------------------------------------------

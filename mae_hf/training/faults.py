@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
+from .run import finish_writing
+
 # The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75
 
@@ -97,9 +99,10 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def end(sentence: str) -> None:
-    """Say it and leave with code 1, at once: a normal exit waits for the other processes, which could take for ever."""
+    """Say it and leave with code 1, without waiting for the other processes, which could take for ever."""
     print(sentence, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    finish_writing()
     if distributed.is_available() and distributed.is_initialized():
         os._exit(1)
     sys.exit(1)

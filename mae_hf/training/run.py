@@ -10,6 +10,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import is_bf16_available
+from accelerate.checkpointing import save_accelerator_state
+from accelerate.utils import DistributedType, is_bf16_available, recursively_apply
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +31,8 @@ from .recipe import MAY_CHANGE, as_yaml
 
 NAMED_IMAGES = 8  # of a step whose loss is not finite
 CHECKSUMS = "checksums.json"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+WRITER = ThreadPoolExecutor(1, "checkpoint")  # the interpreter waits for it before it ends
 LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface-hub", "safetensors")
 
 
@@ -55,6 +61,7 @@ class RunFolder:
         self.pictures = self.path / "pictures"
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
+        self.writing: Future[None] | None = None
         self._refuse_another_recipe()
 
     def _refuse_another_recipe(self) -> None:
@@ -88,48 +95,79 @@ class RunFolder:
         return max(self.checkpoints.glob("step-*"), default=None)
 
     def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
-        """Write a checkpoint after `step` optimizer steps; every process calls this.
+        """Write a checkpoint after `step` optimizer steps, in the background; every process calls this.
+
+        The state is copied to the memory of the host, where one thread hashes, writes and flushes it while the
+        training goes on: see `wait`. A sharded model is written at once, because all of its processes take part.
 
         `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
 
         It is written aside, flushed and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
 
         Raises:
-            OSError: the disk is full, or another failure of writing; the checkpoints that were there are as before.
+            OSError: this or the checkpoint before cannot be written, see `wait`.
             FloatingPointError: a weight is not finite.
         """
+        self.wait()
         target = self.checkpoints / f"step-{step:08d}"
         aside = self.checkpoints / f".{target.name}.partial"
         _refuse_non_finite_weights(accelerator, step)
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
         accelerator.wait_for_everyone()
-        try:
-            accelerator.save_state(str(aside))
-            accelerator.wait_for_everyone()
+        needed = _checkpoint_bytes(accelerator)
+        with self._explained(aside, step, needed):
+            states = _written_or_copied(accelerator, aside)
             if accelerator.is_main_process:
                 (aside / "progress.json").write_text(json.dumps({"step": step, "losses": losses}))
-                (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
-                for file in aside.iterdir():
-                    _flush(file)
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.writing = WRITER.submit(self._complete, states, aside, target, step, needed, keep)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        Raises:
+            OSError: the disk is full, or another failure of writing; the checkpoints that were there are as before.
+        """
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _complete(self, states: dict[str, Any], aside: Path, target: Path, step: int, needed: int, keep: int) -> None:
+        """Write what is missing of a checkpoint, and give it its name; in the background, where no process is met."""
+        with self._explained(aside, step, needed):
+            for name, state in states.items():
+                if name.endswith(".safetensors"):
+                    save_file(state, aside / name, metadata={"format": "pt"})
+                else:
+                    torch.save(state, aside / name)
+            (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
+            for file in aside.iterdir():
+                _flush(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(aside, target)
+        _flush(self.checkpoints)
+        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _explained(self, aside: Path, step: int, needed: int) -> Iterator[None]:
+        """Remove a checkpoint of `needed` bytes that cannot be written, and say why."""
+        try:
+            yield
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            needed, free = _checkpoint_bytes(accelerator) / 1e6, shutil.disk_usage(self.checkpoints).free / 1e6
+            free = shutil.disk_usage(self.checkpoints).free
             if not isinstance(error, OSError) and free > needed:
                 raise  # a lost process, for instance
             # On a full disk, safetensors and torch raise errors of their own, of a file position for instance.
             reason = "the disk is full" if free < needed else error
             raise OSError(
                 f"The checkpoint of step {step} cannot be written to {self.checkpoints}: {reason}. It needs about "
-                f"{needed:,.1f} MB, and {free:,.1f} MB are free. The older ones are intact: make room and start again."
+                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. The older ones are intact: make room and "
+                f"start again."
             ) from error
-        if accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(aside, target)
-            _flush(self.checkpoints)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
 
     def resume(self, accelerator: Accelerator) -> tuple[int, list[list[float]]]:
         """Load the newest intact checkpoint into everything that was prepared.
@@ -140,6 +178,7 @@ class RunFolder:
         A checkpoint with a byte that is missing or not as it was written is set aside, with a warning, and the one
         before it is taken.
         """
+        finish_writing()  # of a run that has failed in this process
         if accelerator.is_main_process:
             for checkpoint in self.checkpoints.glob("step-*"):
                 if damaged := _damaged_files(checkpoint):
@@ -199,6 +238,40 @@ def _replace(file: Path, text: str) -> None:
     os.replace(aside, file)
 
 
+def finish_writing() -> None:
+    """Wait until the thread that writes checkpoints has nothing left to do, whether it succeeds or not."""
+    WRITER.submit(lambda: None).result()  # it does one thing after another
+
+
+def _written_or_copied(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """Write to a folder what cannot be written later, and copy the rest; every process calls this.
+
+    Returns:
+        the state of what was prepared, in the memory of the host, by the names under which `Accelerator.load_state`
+        looks for it; {} on other than the main process, and of a sharded model, which is written by now.
+    """
+    if accelerator.distributed_type in SHARDED:
+        accelerator.save_state(str(folder))
+        return {}
+    folder.mkdir(exist_ok=True)
+    # Of each process the state of its random numbers, and the scale of float16: all that is small.
+    save_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler)
+    if not accelerator.is_main_process:
+        return {}
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    states = {
+        "model.safetensors": accelerator.get_state_dict(model, unwrap=False),
+        "optimizer.bin": optimizer.state_dict(),
+        **{f"custom_checkpoint_{i}.pkl": other.state_dict() for i, other in enumerate(accelerator._custom_objects)},
+    }
+    return copied_to_host(states)
+
+
+def copied_to_host(states: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested states with every tensor in the memory of the host; waits for the device."""
+    return recursively_apply(lambda tensor: tensor.to("cpu", copy=True).contiguous(), states)
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file."""
     sums = {}
@@ -220,7 +293,8 @@ def _damaged_files(checkpoint: Path) -> list[str]:
 
 def _refuse_non_finite_weights(accelerator: Accelerator, step: int) -> None:
     for model in accelerator._models:
-        are_finite = [parameter.isfinite().all() for parameter in model.parameters()]
+        # A sum takes a quarter of the time of isfinite().all(), and is no more finite than what it is made of.
+        are_finite = [parameter.sum().isfinite() for parameter in model.parameters()]
         if not all(bool(is_finite) for is_finite in are_finite):
             raise FloatingPointError(
                 f"A weight is not finite after step {step}; no checkpoint of it was written. A lower --base_lr or "

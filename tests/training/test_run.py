@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
+from mae_hf.training import run
 from mae_hf.training.recipe import PretrainRecipe
-from mae_hf.training.run import Progress, RunFolder
+from mae_hf.training.run import Progress, RunFolder, copied_to_host
 
 
 def run_folder(path: Path, **settings) -> RunFolder:
@@ -43,6 +47,7 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
         take_step(model, optimizer)
         folder.log({"step": step, "loss": 0.5})
         folder.save(accelerator, step, [[0.5]], keep=2)
+    folder.wait()
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     expected = model.weight.detach().clone()
 
@@ -56,6 +61,7 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
     assert [record["step"] for record in folder.history()] == [1, 2, 3]
     take_step(model, optimizer)
     folder.save(accelerator, 4, [], keep=2)
+    folder.wait()
     assert folder.newest_checkpoint() == folder.checkpoints / "step-00000004"
 
 
@@ -70,6 +76,7 @@ def test_run_folder__takes_the_one_before_a_damaged_checkpoint(damage: str, name
         take_step(model, optimizer)
         folder.log({"step": step, "loss": 0.5})
         folder.save(accelerator, step, [], keep=2)
+        folder.wait()
         weights[step] = model.weight.detach().clone()
     file = folder.newest_checkpoint() / name
     content = bytearray(file.read_bytes())
@@ -96,9 +103,80 @@ def test_run_folder__writes_no_weight_that_is_not_finite(tmp_path: Path) -> None
     folder.save(accelerator, 1, [], keep=2)
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
+    folder.wait()
     with pytest.raises(FloatingPointError, match="A weight is not finite after step 2; no checkpoint"):
         folder.save(accelerator, 2, [], keep=2)
     assert folder.newest_checkpoint().name == "step-00000001"
+
+
+@pytest.fixture
+def slow_writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is written in the background until this is set."""
+    event = threading.Event()
+
+    def wait_and_save(*arguments, **settings) -> None:
+        event.wait()
+        save_file(*arguments, **settings)
+
+    monkeypatch.setattr(run, "save_file", wait_and_save)
+    yield event
+    event.set()
+
+
+def test_run_folder__goes_on_while_it_writes_the_state_of_the_step(
+    tmp_path: Path, slow_writing: threading.Event
+) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    model, optimizer = prepared(accelerator)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    accelerator.register_for_checkpointing(average)
+    losses = [[0.5]]
+    take_step(model, optimizer)
+    expected = copied_to_host([model.state_dict(), optimizer.state_dict(), average.state_dict()])
+    folder.save(accelerator, 1, losses, keep=2)
+    losses.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    take_step(model, optimizer)
+    average.update_parameters(model)
+    assert folder.newest_checkpoint() is None
+    slow_writing.set()
+    folder.wait()
+    assert run_folder(tmp_path).resume(accelerator) == (1, [[0.5]])
+    found = [model.state_dict(), optimizer.state_dict(), average.state_dict()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("then", ["save", "wait"])
+def test_run_folder__failure_of_writing_is_raised_by_the_next(
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    prepared(accelerator)
+    folder.save(accelerator, 1, [], keep=2)
+    folder.wait()
+
+    def fail(*arguments, **settings) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(run, "save_file", fail)
+    folder.save(accelerator, 2, [], keep=2)
+    with pytest.raises(OSError, match=r"The checkpoint of step 2 cannot be written to .*: Input/output error"):
+        folder.save(accelerator, 3, [], keep=2) if then == "save" else folder.wait()
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001"]
+
+
+def test_run_folder__resume_waits_for_what_a_failed_run_still_writes(
+    tmp_path: Path, slow_writing: threading.Event
+) -> None:
+    folder, accelerator = run_folder(tmp_path), Accelerator(cpu=True)
+    folder.start()
+    prepared(accelerator)
+    folder.save(accelerator, 1, [], keep=2)
+    threading.Timer(0.2, slow_writing.set).start()
+    assert run_folder(tmp_path).resume(accelerator) == (1, [])
 
 
 def test_run_folder__writes_recipe_and_versions(tmp_path: Path) -> None:
