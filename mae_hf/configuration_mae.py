@@ -88,6 +88,7 @@ class MAEConfig(PreTrainedConfig):
     """
 
     model_type = "mae"
+    image_processor_type = "ViTImageProcessor"  # what AutoImageProcessor takes where a checkpoint names none
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

@@ -795,3 +795,9 @@ class MAEForImageClassification(MAEPreTrainedModel):
             # transformers would take float labels for independent ones; mixup's are one distribution over the classes.
             return F.cross_entropy(logits, labels.to(logits))
         return self.loss_function(labels, logits, self.config)
+
+
+# A checkpoint of one of these carries its code, see __init__.py.
+MAEModel.register_for_auto_class("AutoModel")
+MAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+MAEForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import max_difference, random_images, random_noise, scramble, seeded, 
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -23,6 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 
+import mae_hf
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
 from mae_hf.modeling_mae import DropPath, sdpa_attention
 from mae_hf.patches import normalize_patches, patchify
@@ -778,12 +781,39 @@ def test_image_processor__by_the_configuration_alone(tmp_path: Path) -> None:
     assert type(processor).__name__.startswith("ViTImageProcessor")
 
 
-def test_import__brings_nothing_that_transformers_does_not() -> None:
-    def imported(statement: str) -> set[str]:
-        code = f"import sys; {statement}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return {name for name in ("torchvision", "datasets", "accelerate") if name in done.stdout.split()}
+def imported(statement: str) -> set[str]:
+    """Which of the larger libraries a process has imported after a statement."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    large = {"torchvision", "datasets", "accelerate", "sklearn", "mae_hf.modeling_mae"}
+    return large & set(done.stdout.splitlines()[-1].split())
 
+
+def test_import__configuration_brings_no_torchvision() -> None:
+    use = "config = MAEConfig.from_size('tiny'); AutoConfig.for_model('mae')"
+    assert imported(f"from mae_hf import MAEConfig; from transformers import AutoConfig; {use}") <= {"accelerate"}
+
+
+def test_import__model_brings_nothing_that_transformers_does_not() -> None:
     # A PreTrainedModel brings torchvision and accelerate where they are installed; that is not ours to change.
-    assert imported("import mae_hf") <= imported("from transformers import PreTrainedModel")
-    assert "datasets" not in imported("import mae_hf")
+    of_transformers = imported("from transformers import PreTrainedModel")
+    assert imported("from mae_hf import MAEModel") == of_transformers | {"mae_hf.modeling_mae"}
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForPreTraining", "AutoModelForImageClassification"])
+def test_import__auto_class_finds_the_model_after_the_package_alone(name: str, tmp_path: Path) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    use = f"model = {name}.from_config(AutoConfig.from_pretrained({str(tmp_path)!r}))"
+    assert "mae_hf.modeling_mae" in imported(f"import mae_hf; from transformers import AutoConfig, {name}; {use}")
+
+
+def test_import__tables_of_the_auto_classes_can_be_pickled() -> None:
+    table = pickle.loads(pickle.dumps(MODEL_MAPPING))
+    assert table[MAEConfig].config_class is MAEConfig
+
+
+def test_import__every_public_name_is_there() -> None:
+    assert set(mae_hf.__all__) <= set(dir(mae_hf))
+    assert all(getattr(mae_hf, name) is not None for name in mae_hf.__all__)
+    with pytest.raises(AttributeError, match="module 'mae_hf' has no attribute 'MAEModle'"):
+        _ = mae_hf.MAEModle
