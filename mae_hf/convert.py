@@ -416,11 +416,7 @@ def _save_original(model: MAEPreTrainedModel, destination: Path, to: str) -> lis
         _refuse_rectangles(config, "the original")
         if not config.qkv_bias:
             raise ValueError("The original has biases on query, key and value, and this model none: try --to timm.")
-    ours = model.state_dict()
-    state = {
-        key: torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[parts[0]].contiguous()
-        for key, parts in _original_layout(model).items()
-    }
+    state = original_weights(model)
     report = []
     if to == "timm" and isinstance(model, MAEForPreTraining):
         state = {key: tensor for key, tensor in state.items() if not re.match("decoder_|mask_token", key)}
@@ -433,6 +429,15 @@ def _save_original(model: MAEPreTrainedModel, destination: Path, to: str) -> lis
     else:
         save_file(state, destination, metadata={"format": "pt"})
     return [*report, f"Written: {destination}, {TARGETS[to]}."]
+
+
+def original_weights(model: MAEPreTrainedModel) -> Weights:
+    """The weights of a model under the names of the original MAE and of timm, with query, key and value in one."""
+    ours = model.state_dict()
+    return {
+        key: torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[parts[0]].contiguous()
+        for key, parts in _original_layout(model).items()
+    }
 
 
 def _original_layout(model: MAEPreTrainedModel) -> dict[str, list[str]]:
