@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
-from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
+from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
 from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
 from mae_hf.training.hub import HubPush
@@ -155,7 +155,16 @@ def main(arguments: list[str] | None = None) -> None:
     # The loop
     # ----------------------------------------------------------------------------------------------------------------
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    smallest_crop = SmallestCrop(recipe.crop_scale[0], max(config.image_shape)) if recipe.reduced_decoding else None
+    images = PretrainingImages(
+        source,
+        transform,
+        config.num_channels,
+        config.num_patches,
+        recipe.seed,
+        recipe.repeated_augmentation,
+        smallest_crop,
+    )
     loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
     data = DataClock(iter(loader))
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)

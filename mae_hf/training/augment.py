@@ -3,6 +3,11 @@
 Transforms draw from torch's default generator, which `sample_randomness` sets for each sample.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,10 +25,63 @@ def train_transform(image_shape: tuple[int, int], crop_scale: list[float], horiz
         horizontal_flip: mirror half of the images.
 
     Returns:
-        (C, H, W) uint8 -> (C, height, width) uint8.
+        PIL image, or (C, H, W) uint8 -> (C, height, width) uint8.
     """
-    crop = v2.RandomResizedCrop(image_shape, tuple(crop_scale), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = RandomCrop(image_shape, tuple(crop_scale), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()]) if horizontal_flip else crop
+
+
+class RandomCrop(v2.RandomResizedCrop):
+    """torchvision's random crop, for which a PIL image becomes a tensor only where it is cropped: (C, height, width).
+
+    The pixels are those of torchvision's crop of the whole image as a tensor. They come in half the time, for PIL
+    resizes four times as slowly, and copies an image into an array as slowly as it resizes a tensor.
+    """
+
+    def transform(self, inpt: Image.Image | Tensor, params: dict[str, Any]) -> Tensor:
+        if not isinstance(inpt, Image.Image):
+            return super().transform(inpt, params)
+        left, top = params["left"], params["top"]
+        crop = inpt.crop((left, top, left + params["width"], top + params["height"]))
+        resized = v2.functional.resize(_pixels(crop), self.size, self.interpolation, antialias=True)
+        return resized[: len(crop.getbands())].contiguous()
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """The pixels of a PIL image, (C, H, W) uint8, channels last in memory; RGB has a fourth channel, of no meaning.
+
+    PIL's own memory, if it is in one piece.
+    """
+    try:
+        values = pa.array(image)
+    except ValueError:  # larger than PIL's 16 MB blocks
+        pixels = torch.from_numpy(np.array(image))
+    else:
+        pixels = torch.from_dlpack(values if image.mode == "L" else values.values)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class SmallestCrop:
+    """The smallest part of an image that `RandomCrop` may draw: how far an image can be reduced before it is cropped.
+
+    crop_scale: its share of the image's area.
+    longer_side: of what it is resized to, in pixels.
+    """
+
+    crop_scale: float
+    longer_side: int
+
+    LONGEST = 4 / 3  # torchvision's range of aspect ratios is 3/4 to 4/3
+
+    def reduction(self, size: tuple[int, int]) -> int:
+        """8, 4 or 2, if every crop of a reduced image of this size still has more pixels than it is resized to; or 1.
+
+        Args:
+            size: the sides of the image, in any order.
+        """
+        shorter = min((self.crop_scale * size[0] * size[1] / self.LONGEST) ** 0.5, *size)
+        return next((reduction for reduction in (8, 4, 2) if shorter >= reduction * self.longer_side), 1)
 
 
 class RandomAugment(v2.RandAugment):
@@ -72,7 +130,7 @@ def finetune_transform(
         image_mean, image_std: of the normalisation, which comes before the rectangle: its noise is N(0, 1).
 
     Returns:
-        (C, H, W) uint8 -> (C, height, width) float32, normalised.
+        PIL image, or (C, H, W) uint8 -> (C, height, width) float32, normalised.
     """
     steps: list[v2.Transform] = [train_transform(image_shape, crop_scale, horizontal_flip)]
     if rand_augment:
@@ -96,12 +154,15 @@ def eval_transform(image_shape: tuple[int, int], center_crop: float) -> v2.Trans
     Args:
         image_shape: (height, width) of the result.
         center_crop: the share of the resized image's side that is kept; 224 / 256 = 0.875 in the paper.
+
+    Returns:
+        PIL image, or (C, H, W) uint8 -> (C, height, width) uint8.
     """
     height, width = resize_shape(image_shape, center_crop)
     # A square model keeps the aspect ratio of the image; a rectangular one can't be told which side should overhang.
     size = [height] if height == width else [height, width]
     resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(list(image_shape))])
+    return v2.Compose([v2.PILToTensor(), resize, v2.CenterCrop(list(image_shape))])
 
 
 def image_processor(

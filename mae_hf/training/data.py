@@ -1,8 +1,9 @@
 """From a source to batches: decide which image comes when, decode it, augment it.
 
 Randomness belongs to the sample. The order of an epoch is a function of (seed, epoch); the crop, the flip and the mask
-noise of an image are functions of (seed, epoch, index of the image). Neither batch size, workers, processes nor an
-interruption enters, so a run that is resumed at step s needs to know s and nothing else.
+noise of an image are functions of (seed, epoch, index of the image), and of the number of the repeat where an image is
+seen several times in a row. Neither batch size, workers, processes nor an interruption enters, so a run that is resumed
+at step s needs to know s and nothing else.
 """
 
 import io
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from .augment import Mixing
+from .augment import Mixing, SmallestCrop
 from .sources import ImageSource, image_order, seed_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,12 @@ class BadImageError(ValueError):
 
 
 def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
-    """An encoded image as the channels of the model: {"bytes", "path"} -> (C, H, W) uint8.
+    """An encoded image as the channels of the model: {"bytes", "path"} -> (C, H, W) uint8; see `open_image`."""
+    return v2.functional.pil_to_tensor(open_image(record, num_channels))
+
+
+def open_image(record: dict[str, Any], num_channels: int, smallest_crop: SmallestCrop | None = None) -> Image.Image:
+    """An encoded image, decoded, with the channels of the model: {"bytes", "path"} -> PIL image in L, RGB or RGBA.
 
     The picture is turned upright as its EXIF data says. Transparency is dropped, as transformers' image pipelines do
     it, so that training and later use see the same colours. 16-bit values keep their high byte. Of an animation, the
@@ -52,6 +58,8 @@ def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
     Args:
         record: the file's bytes, or its path where there are none.
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        smallest_crop: decode a JPEG at 1/2, 1/4 or 1/8 of its size, if this crop of it has then pixels enough; libjpeg
+            then leaves out the high frequencies of each block, which is another filter than that of resizing.
 
     Raises:
         BadImageError: the image cannot be read, is too large, or is too long and thin.
@@ -65,14 +73,18 @@ def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
             size = len(record["bytes"]) if record["bytes"] is not None else os.path.getsize(record["path"])
             if file.format == "JPEG" and shorter * longer > size * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
                 raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {size} bytes.")
-            image = ImageOps.exif_transpose(file)
+            if smallest_crop is not None and (reduction := smallest_crop.reduction(file.size)) > 1:
+                file.draft(None, (file.width // reduction, file.height // reduction))  # does nothing but to a JPEG
+            image: Image.Image = file
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
                 image = _high_byte(image)
             elif image.mode == "F":
                 raise ValueError("its pixels are floats, which have no known range.")
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
-            return v2.functional.pil_to_tensor(image.convert(PIL_MODES[num_channels]))
+            mode = PIL_MODES[num_channels]
+            return image if image.mode == mode else image.convert(mode)  # which would copy it all the same
     except Exception as error:  # mutated files make PIL raise a dozen other errors than its own
         raise BadImageError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
 
@@ -91,22 +103,35 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 class SampleKey(NamedTuple):
-    """Which image, in which epoch. A stream adds the image itself, still encoded: it cannot be asked for by index."""
+    """Which image, in which pass over the images, and which of the samples that the pass makes of it.
+
+    A stream adds the image itself, still encoded: it cannot be asked for by index.
+    """
 
     epoch: int
     image_index: int
     row: dict[str, Any] | None = None
+    repeat: int = 0
 
 
-def sample_keys(source: ImageSource, seed: int, position: int, shuffle_buffer: int) -> Iterator[SampleKey]:
-    """The endless sequence of samples from `position` on: every image once in epoch 0, once in epoch 1, and so on.
+def sample_keys(
+    source: ImageSource, seed: int, position: int, shuffle_buffer: int, repeats: int = 1
+) -> Iterator[SampleKey]:
+    """The endless sequence of samples from `position` on: every image once in pass 0, once in pass 1, and so on.
 
     Args:
         source: where the images are.
         seed: of the order.
         position: how many samples to leave out; a stream has to read past them.
         shuffle_buffer: out of how many images a stream draws the next one.
+        repeats: samples that a pass makes of each image, one right after the other.
     """
+    images, first_repeat = divmod(position, repeats)
+    keys = _image_keys(source, seed, images, shuffle_buffer)
+    return islice((key._replace(repeat=repeat) for key in keys for repeat in range(repeats)), first_repeat, None)
+
+
+def _image_keys(source: ImageSource, seed: int, position: int, shuffle_buffer: int) -> Iterator[SampleKey]:
     if isinstance(source.images, datasets.Dataset):
         epoch, offset = divmod(position, len(source.images))
         while True:
@@ -198,8 +223,17 @@ def make_schedule(
 def sample_randomness(seed: int, key: SampleKey) -> Iterator[None]:
     """Inside, torch's random numbers are those of this sample; outside, nothing has happened."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index))
+        later = [key.repeat] if key.repeat else []  # so that the first of several samples is the one without repeats
+        torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index, *later))
         yield
+
+
+class Opened(NamedTuple):
+    """A row of the source, its image, decoded, and why they are not those that were asked for, or ""."""
+
+    row: dict[str, Any]
+    image: Image.Image
+    problem: str = ""
 
 
 class Samples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -207,36 +241,63 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
     Args:
         source: where the images are.
-        transform: (C, H', W') uint8 -> (C, H, W).
+        transform: PIL image in L, RGB or RGBA -> (C, H, W).
         num_channels: C.
         seed: of everything random about a sample.
+        repeats: samples that a pass over the images makes of each.
+        smallest_crop: decode JPEGs at a reduced size, if this crop of them has then pixels enough; see `open_image`.
 
     Raises:
         ValueError: image files have no such number of channels.
     """
 
-    def __init__(self, source: ImageSource, transform: v2.Transform, num_channels: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: v2.Transform,
+        num_channels: int,
+        seed: int,
+        repeats: int = 1,
+        smallest_crop: SmallestCrop | None = None,
+    ) -> None:
         if num_channels not in PIL_MODES:
             raise ValueError(
                 f"Image files become 1, 3 or 4 channels, but num_channels is {num_channels}. The model takes any "
                 f"number of channels from your own data loader."
             )
         self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
+        self.repeats, self.smallest_crop = repeats, smallest_crop
+        self.last: tuple[SampleKey, Opened] | None = None  # the image that the next repeat needs, too
         # A stream has nothing else to offer in place of an image that cannot be read.
         self.spare_rows = list(islice(source.images, SPARE_ROWS)) if source.is_stream else []
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        row = key.row if key.row is not None else self.source.images[key.image_index]
-        problem = ""
-        try:
-            image = decode_image(row["image"], self.num_channels)
-        except BadImageError as error:
-            problem = str(error)
-            row, image = self.substitute(key)
+        first = key._replace(row=None, repeat=0)
+        if self.repeats > 1 and self.last is not None and self.last[0] == first:
+            opened = self.last[1]
+        else:
+            opened = self.open(key)
+            self.last = (first, opened) if self.repeats > 1 else None
         with sample_randomness(self.seed, key):
-            return {**self.sample(key, row, image), "problem": problem}
+            return {**self.sample(key, opened.row, opened.image), "problem": opened.problem}
 
-    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Tensor]:
+    def open(self, key: SampleKey) -> Opened:
+        """The image of a sample, decoded, or another in its place."""
+        row = key.row if key.row is not None else self.source.images[key.image_index]
+        try:
+            return Opened(row, self.decode(row))
+        except BadImageError as error:
+            return Opened(*self.substitute(key), str(error))
+
+    def decode(self, row: dict[str, Any]) -> Image.Image:
+        """The image of a row, as `transform` takes it.
+
+        Raises:
+            BadImageError: see `open_image`.
+        """
+        return open_image(row["image"], self.num_channels, self.smallest_crop)
+
+    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Image.Image]:
         """Another image in place of one that cannot be read, a function of (seed, epoch, index) like the sample itself.
 
         So a bad image moves no other image, and the same images are seen after an interruption and on any number of
@@ -252,12 +313,12 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             else:
                 row = self.source.images[number % len(self.source.images)]
             try:
-                return row, decode_image(row["image"], self.num_channels)
+                return row, self.decode(row)
             except BadImageError as error:
                 last = error
         raise BadImageError(f"Most images of {self.source.name} cannot be read, for instance: {last}") from last
 
-    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
         """What the model gets of a decoded image; what is random here belongs to the sample.
 
         Beside it, a sample has "problem": why its image was replaced by another, or "".
@@ -274,12 +335,19 @@ class PretrainingImages(Samples):
     """Images for pre-training: pixel_values (C, H, W) and the mask noise (N,) float32; `num_patches` is N."""
 
     def __init__(
-        self, source: ImageSource, transform: v2.Transform, num_channels: int, num_patches: int, seed: int
+        self,
+        source: ImageSource,
+        transform: v2.Transform,
+        num_channels: int,
+        num_patches: int,
+        seed: int,
+        repeats: int = 1,
+        smallest_crop: SmallestCrop | None = None,
     ) -> None:
-        super().__init__(source, transform, num_channels, seed)
+        super().__init__(source, transform, num_channels, seed, repeats, smallest_crop)
         self.num_patches = num_patches
 
-    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
         noise = torch.rand(self.num_patches)
         return {"pixel_values": self.transform(image), "noise": noise}
 
@@ -296,7 +364,7 @@ class LabelledImages(Samples):
         super().__init__(source, transform, num_channels, seed)
         self.mixing = mixing
 
-    def sample(self, key: SampleKey, row: dict[str, Any], image: Tensor) -> dict[str, Tensor]:
+    def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
         label = PADDING if key.epoch == PADDING else row["label"]
         sample = {"pixel_values": self.transform(image), "label": torch.tensor(label)}
         if self.mixing is not None:
@@ -308,8 +376,8 @@ class LabelledImages(Samples):
 class JudgingImages(LabelledImages):
     """Images that judge a model: one that cannot be read is left out of the count, rather than replaced."""
 
-    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Tensor]:
-        return {"label": PADDING}, torch.zeros(self.num_channels, 8, 8, dtype=torch.uint8)
+    def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Image.Image]:
+        return {"label": PADDING}, Image.new(PIL_MODES[self.num_channels], (8, 8))
 
 
 def batches(
@@ -337,7 +405,7 @@ def batches(
     class OwnKeys(torch.utils.data.Sampler[list[SampleKey]]):
         def __iter__(self) -> Iterator[list[SampleKey]]:
             position = first_step * schedule.total_batch_size
-            keys = sample_keys(images.source, images.seed, position, shuffle_buffer)
+            keys = sample_keys(images.source, images.seed, position, shuffle_buffer, images.repeats)
             for _ in range(len(self)):
                 round_of_all = [list(islice(keys, schedule.micro_batch_size)) for _ in range(schedule.num_processes)]
                 yield round_of_all[process_index]
@@ -367,7 +435,8 @@ def _loader(
 
 def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer: int) -> list[str]:
     """What the images of an optimizer step, counted from 1, are called: paths where there are any, else numbers."""
-    keys = sample_keys(images.source, images.seed, (step - 1) * schedule.total_batch_size, shuffle_buffer)
+    position = (step - 1) * schedule.total_batch_size
+    keys = sample_keys(images.source, images.seed, position, shuffle_buffer, images.repeats)
     names = []
     for key in islice(keys, schedule.total_batch_size):
         row = key.row if key.row is not None else images.source.images[key.image_index]

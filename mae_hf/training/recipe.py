@@ -203,6 +203,17 @@ class PretrainRecipe(Recipe):
     decoder_type: str = setting("self", "self, the paper's decoder, or cross, the cheaper one of CrossMAE")
     prediction_ratio: float = setting(1.0, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3")
 
+    repeated_augmentation: int = setting(
+        1,
+        "samples that are made of an image when it is decoded, each with a crop and a mask of its own, all in a row; "
+        "an epoch is still as many samples as there are images, so that a pass over the images takes this many epochs",
+    )
+    reduced_decoding: bool = setting(
+        False,
+        "decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop still has more pixels than the model "
+        "sees: faster for photographs above 2 Mpixel or so, and pixels differ a little",
+    )
+
     adam_beta1: float = setting(0.9, "AdamW's beta 1")
     adam_beta2: float = setting(0.95, "AdamW's beta 2")
     max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
@@ -220,6 +231,8 @@ class PretrainRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.repeated_augmentation < 1:
+            raise ValueError(f"repeated_augmentation must be at least 1, but is {self.repeated_augmentation}.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 
