@@ -10,7 +10,6 @@ import io
 import multiprocessing
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -219,13 +218,10 @@ def make_schedule(
     return Schedule(total_batch_size, micro_batch_size, rounds, num_processes, images_per_epoch, epochs)
 
 
-@contextmanager
-def sample_randomness(seed: int, key: SampleKey) -> Iterator[None]:
-    """Inside, torch's random numbers are those of this sample; outside, nothing has happened."""
-    with torch.random.fork_rng(devices=[]):
-        later = [key.repeat] if key.repeat else []  # so that the first of several samples is the one without repeats
-        torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index, *later))
-        yield
+def seed_sample(seed: int, key: SampleKey) -> None:
+    """Make torch's next random numbers those of this sample."""
+    later = [key.repeat] if key.repeat else []  # so that the first of several samples is the one without repeats
+    torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index, *later))
 
 
 class Opened(NamedTuple):
@@ -272,18 +268,36 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         self.spare_rows = list(islice(source.images, SPARE_ROWS)) if source.is_stream else []
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        first = key._replace(row=None, repeat=0)
-        if self.repeats > 1 and self.last is not None and self.last[0] == first:
-            opened = self.last[1]
-        else:
-            opened = self.open(key)
-            self.last = (first, opened) if self.repeats > 1 else None
-        with sample_randomness(self.seed, key):
-            return {**self.sample(key, opened.row, opened.image), "problem": opened.problem}
+        return self.__getitems__([key])[0]
 
-    def open(self, key: SampleKey) -> Opened:
-        """The image of a sample, decoded, or another in its place."""
-        row = key.row if key.row is not None else self.source.images[key.image_index]
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """A whole batch, as a data loader asks for it: its rows are read, and torch's generator put back, just once."""
+        samples = []
+        with torch.random.fork_rng(devices=[]):
+            for key, row in zip(keys, self.rows(keys), strict=True):
+                opened = self.open(key, row)
+                seed_sample(self.seed, key)
+                samples.append({**self.sample(key, opened.row, opened.image), "problem": opened.problem})
+        return samples
+
+    def rows(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """The rows of the source, with images that are still encoded."""
+        if keys[0].row is not None:
+            return [key.row for key in keys if key.row is not None]
+        columns = self.source.images[[key.image_index for key in keys]]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def open(self, key: SampleKey, row: dict[str, Any]) -> Opened:
+        """The image of a sample, decoded, or another in its place; the last one is kept for its other repeats."""
+        if self.repeats == 1:
+            return self.open_anew(key, row)
+        first = key._replace(row=None, repeat=0)
+        if self.last is None or self.last[0] != first:
+            self.last = (first, self.open_anew(key, row))
+        return self.last[1]
+
+    def open_anew(self, key: SampleKey, row: dict[str, Any]) -> Opened:
+        """The image of a row, decoded, or another in its place."""
         try:
             return Opened(row, self.decode(row))
         except BadImageError as error:
