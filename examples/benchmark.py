@@ -20,8 +20,8 @@ A side is ours, transformers or timm, and settings: any field of MAEConfig, and
 --every has settings of all sides. A step is forward, backward and AdamW. Sides of one configuration get the same
 weights, images and noise, and the difference of their first results is printed. FLOPs are counted, not measured. "Of
 the machine" is the rate of the step's FLOPs beside the rate of its linear layers' matrix products alone, each shape run
-by itself in the same minutes. On a GPU the same commands apply, but for `processes`, which is about cores; nothing was
-measured on one.
+by itself in the same minutes: it needs a machine that does nothing else. On a GPU the same commands apply, but for
+`processes`, which is about cores; nothing was measured on one.
 """
 
 import argparse
@@ -410,7 +410,7 @@ def plot_growth(results: dict[str, dict[str, Any]], path: Path) -> None:
         panels[2][column].plot(values, [100 * found["attention"] for found in by_value.values()], marker="o")
         panels[2][column].set_xlabel(axis)
         for row, title in enumerate(("GFLOP an image", "seconds an image", "attention, % of the FLOPs")):
-            panels[row][column].set(ylabel=title, ylim=(0, None))
+            panels[row][column].set(ylabel=title, ylim=(0, 1.1 * panels[row][column].get_ylim()[1]))
             panels[row][column].grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

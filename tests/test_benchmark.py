@@ -109,7 +109,7 @@ def test_count__flops_of_a_step_are_those_of_the_formula() -> None:
     # Multiplications: 12 width^2 a token and block with an MLP of 4 x width, and 2 tokens^2 width for attention.
     attention = 2 * depth * (1 + visible) ** 2 * width + 2 * decoder_depth * (1 + patches) ** 2 * decoder_width
     linear = 12 * depth * (1 + visible) * width**2 + 12 * decoder_depth * (1 + patches) * decoder_width**2
-    linear += (1 + visible) * width * decoder_width + (1 + patches) * decoder_width * patch_size
+    linear += (1 + visible) * width * decoder_width + patches * decoder_width * patch_size
     embedding = visible * patch_size * width  # its input, the image, needs no gradient: two products, not three
 
     work = benchmark.count_work(side, pretraining_model, batch=2, trained=True)
