@@ -14,12 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
 from tiny import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.test_data import write_shards
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+aten = torch.ops.aten
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "examples" / "run_pretrain.py")
@@ -229,6 +232,38 @@ def test_loss_that_is_not_finite__stops_the_run(photos: str, tmp_path: Path) -> 
         FloatingPointError, match=r"The loss of step \d+ is nan; nothing was saved.*Its images: \S+\.png"
     ):
         pretrain(photos, tmp_path / "run", "--base_lr", "1e30", "--warmup_epochs", "0")
+
+
+def test_loop__waits_for_the_device_only_where_it_logs_or_saves(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host runs ahead of the device until it asks for a value, or for a size that depends on values."""
+    waits, step_now = set(), 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal):
+                waits.add(step_now)
+            return function(*args, **(kwargs or {}))
+
+    def tolist(tensor: torch.Tensor) -> object:  # reads the memory of a CPU without an operator
+        if tensor.is_floating_point():  # and not the order of the images, which is drawn on the host
+            waits.add(step_now)
+        return original_tolist(tensor)
+
+    def lr_at(step: int, *others: float) -> float:
+        nonlocal step_now
+        step_now = step + 1
+        return original_lr_at(step, *others)
+
+    original_tolist, original_lr_at = torch.Tensor.tolist, run_pretrain.lr_at
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(run_pretrain, "lr_at", lr_at)
+    words = ("--log_every", "4", "--save_every", "6", "--per_device_batch_size", "2", "--max_grad_norm", "1")
+    with Watch():
+        records = pretrain(photos, tmp_path, *words, "--num_workers", "1")  # a worker may read what it likes
+    assert records[-1]["step"] == 10
+    assert waits - {0} == {4, 6, 8, 10}
 
 
 def test_refusals(photos: str, tmp_path: Path) -> None:
