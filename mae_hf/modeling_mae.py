@@ -702,7 +702,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 "The checkpoint has no decoder, so the decoder is random and its pictures would show nothing: load a "
                 "checkpoint with a decoder, or pre-train this one first."
             )
-        output = self(pixel_values, return_dict=True, **masking)
+        was_training = self.training
+        output = self.eval()(
+            pixel_values, return_dict=True, **masking
+        )  # in training, a "cross" decoder predicts a part
+        self.train(was_training)
         patches = patchify(pixel_values, self.config.patch_shape).float()
         predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()
         hidden = output.mask.unsqueeze(-1).bool()  # (B, N, 1)

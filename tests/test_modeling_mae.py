@@ -131,6 +131,14 @@ def test_cross_decoder__own_mask_is_predicted_whole() -> None:
     assert model(IMAGES, bool_masked_pos=hidden).ids_predicted.sort().values.tolist() == [list(range(5, 11))] * 2
 
 
+def test_cross_decoder__reconstructs_every_patch_also_between_two_steps() -> None:
+    model = scrambled(MAEForPreTraining, decoder_type="cross", prediction_ratio=0.5)
+    expected = model.reconstruct(IMAGES, noise=NOISE).reconstruction
+    found = model.train().reconstruct(IMAGES, noise=NOISE).reconstruction
+    assert model.training
+    assert max_difference(found, expected) == 0
+
+
 def test_cross_decoder__every_parameter_is_used_and_the_encoder_loads(tmp_path: Path) -> None:
     model = scrambled(MAEForPreTraining, decoder_type="cross", prediction_ratio=0.5).train()
     model(IMAGES, noise=NOISE).loss.backward()

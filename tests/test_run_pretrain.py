@@ -225,6 +225,9 @@ def test_options__off_the_default_path(photos: str, tmp_path: Path) -> None:
     half = pretrain(photos, tmp_path / "half", "--mixed_precision", "bf16")
     assert losses(half)[0] == pytest.approx(losses(plain)[0], rel=0.02)
     assert losses(half)[0] != losses(plain)[0]
+    crossed = pretrain(photos, tmp_path / "crossed", "--decoder_type", "cross", "--prediction_ratio", "0.5")
+    assert len(crossed) == len(plain)
+    assert (tmp_path / "crossed" / "reconstruction.png").exists()
 
 
 def test_loss_that_is_not_finite__stops_the_run(photos: str, tmp_path: Path) -> None:
