@@ -36,6 +36,16 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Whatever a script sets in this process: another number of threads would round otherwise in the tests after it."""
+    import torch  # not above: huggingface_hub may not be imported yet
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """An empty Hub, an empty cache, and the right to write."""
