@@ -1,8 +1,9 @@
 """What the loop of run_pretrain.py costs beside the bare step, and a checkpoint beside a copy of the state.
 
     python examples/benchmark_loop.py                                             # the quickstart's model
-    python examples/benchmark_loop.py --steps 40 --save_every 5 -- --dataset digits --size tiny --patch_size 16 \
-        --decoder_num_hidden_layers 4 --total_batch_size 16 --log_every 10        # ViT-Ti/16 at 224 pixels
+    python examples/benchmark_loop.py --steps 60 --save_every 10 -- --dataset digits --num_channels 1 \
+        --image_mean 0.3 --image_std 0.37 --size tiny --image_size 96 --decoder_num_hidden_layers 4 \
+        --total_batch_size 4 --log_every 10                                       # ViT-Ti at 96 pixels
 
 Words after -- are settings of run_pretrain.py. Its main() runs as it is, apart from the loader: batches are read
 before, so that both sides see the same ones, and none is waited for. Between any two steps of the loop the bare step
