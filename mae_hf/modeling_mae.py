@@ -16,12 +16,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention
 from .configuration_mae import MAEConfig
 from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file
 from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
@@ -100,39 +99,12 @@ class DropPath(nn.Module):
         return branch * branch.new_empty(shape).bernoulli_(keep) / keep
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, the only implementation that also returns its weights; signature of transformers' own."""
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    weights = F.softmax(scores, dim=-1).to(query.dtype)  # in half precision, too, it adds up in float32
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' `sdpa`, written out where torch's takes 1.5 to 4.5 times as long: training on a CPU in bfloat16.
-
-    With very many tokens it is no slower there, and does not hold a weight for each pair of them.
-    """
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu and torch.is_grad_enabled() and key.shape[2] <= 1024:
-        mixed, _ = eager_attention(module, query, key, value, attention_mask, **kwargs)
-        return mixed, None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # transformers' own, but for one; it looks for this name in our code
-ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+def as_autocast(tokens: Tensor) -> Tensor:
+    """Under autocast, tokens in its dtype: every linear layer that reads them would keep such a copy of its own."""
+    device = tokens.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tokens.dtype == torch.float32:
+        return tokens.to(torch.get_autocast_dtype(device))
+    return tokens
 
 
 class MAEAttention(nn.Module):
@@ -151,7 +123,8 @@ class MAEAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         batch, length, width = hidden_states.shape
-        context = hidden_states if context is None else context
+        hidden_states = as_autocast(hidden_states)
+        context = hidden_states if context is None else as_autocast(context)
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         key = self.k_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -655,10 +628,10 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self, pixel_values: Tensor, logits: Tensor, mask: Tensor, ids_predicted: Tensor | None
     ) -> Tensor:
         """Mean over the hidden patches of the mean squared error of their pixels, always in float32."""
-        patches = patchify(pixel_values, self.config.patch_shape)
+        target = patchify(pixel_values, self.config.patch_shape)
         if ids_predicted is not None:
-            patches, mask = take(patches, ids_predicted), mask.gather(1, ids_predicted)
-        target = normalize_patches(patches) if self.config.norm_pix_loss else patches.float()
+            target, mask = take(target, ids_predicted), mask.gather(1, ids_predicted)
+        target = normalize_patches(target) if self.config.norm_pix_loss else target.float()
         patch_loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
         return (patch_loss * mask).sum() / mask.sum()
 

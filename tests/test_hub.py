@@ -28,7 +28,7 @@ from transformers import (
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from mae_hf.training.augment import image_processor
 
-CODE = {"configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
+CODE = {"attention.py", "configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
 MODELS = [
     (MAEModel, AutoModel),
     (MAEForPreTraining, AutoModelForPreTraining),

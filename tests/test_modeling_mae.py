@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tiny import max_difference, random_images, random_noise, scramble, seeded, slow_position_table, tiny_config
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers import (
     MODEL_MAPPING,
@@ -22,12 +21,11 @@ from transformers import (
     AutoModelForPreTraining,
     ViTImageProcessor,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 
 import mae_hf
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
-from mae_hf.modeling_mae import DropPath, sdpa_attention
+from mae_hf.modeling_mae import DropPath
 from mae_hf.patches import normalize_patches, patchify
 
 MODELS = [MAEModel, MAEForPreTraining, MAEForImageClassification]
@@ -423,7 +421,7 @@ def test_any_shape__trains_and_reconstructs(fields: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Determinism, attention, precision, memory
+# Determinism, precision, memory
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -449,48 +447,6 @@ def test_training_mode__only_dropout_makes_it_random(field: str, attention: str)
     model.load_state_dict(plain.state_dict())
     assert torch.equal(run(model, IMAGES), run(plain, IMAGES))
     assert max_difference(run(model.train(), IMAGES), run(plain, IMAGES)) > 1e-3
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_sdpa__equals_eager(model_class: type) -> None:
-    model = scrambled(model_class)
-    outputs, gradients = [], []
-    for implementation in ("sdpa", "eager"):
-        model.set_attn_implementation(implementation)
-        model.zero_grad()
-        outputs.append(run(model, IMAGES))
-        outputs[-1].square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert max_difference(*outputs) < 1e-5
-    assert max_difference(*gradients) < 1e-5
-
-
-@pytest.mark.parametrize("tokens", [50, 1100])
-def test_sdpa__on_a_cpu_in_bfloat16_has_the_values_and_gradients_of_torchs_own(tokens: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    module = MAEModel(CONFIG).layers[0].attention
-    inputs = [torch.randn(1, 2, tokens, 16, generator=generator).bfloat16() for _ in range(3)]
-    results = []
-    for attend, dtype in ((sdpa_attention, torch.bfloat16), (sdpa_attention_forward, torch.float32)):
-        query, key, value = (tensor.detach().to(dtype).clone().requires_grad_() for tensor in inputs)
-        mixed, weights = attend(module, query, key, value, None, scaling=0.25)
-        assert weights is None
-        mixed.square().sum().backward()
-        results.append([mixed, query.grad, key.grad, value.grad])
-    for fast, exact in zip(*results, strict=True):
-        assert max_difference(fast, exact) < 0.02 * exact.abs().max()  # bfloat16 has three digits
-
-
-def test_flex_attention__equals_eager() -> None:
-    model = scrambled(MAEModel, hidden_size=64)  # flex wants heads of at least 16
-    eager = run(model, IMAGES)
-    try:
-        model.set_attn_implementation("flex_attention")
-        with torch.no_grad():  # it has no backward on a CPU
-            flex = run(model, IMAGES)
-    except (ImportError, NotImplementedError, BackendCompilerFailed) as error:  # no C++ compiler, or a CPU it can't use
-        pytest.skip(f"flex_attention does not run here: {type(error).__name__}")
-    assert max_difference(flex, eager) < 1e-5
 
 
 @pytest.mark.parametrize("model_class", [MAEForPreTraining, MAEForImageClassification])
@@ -767,7 +723,7 @@ def test_auto_classes__find_the_models_and_the_checkpoint_carries_its_code(tmp_p
     assert isinstance(AutoModel.from_pretrained(tmp_path), MAEModel)
     assert isinstance(AutoModelForImageClassification.from_pretrained(tmp_path), MAEForImageClassification)
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
-    code = {"configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
+    code = {"attention.py", "configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == code
 
 
