@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,16 +336,17 @@ def test_speed__of_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def fake_runs(tmp_path: Path) -> Path:
-    """A result for every job: 0.5 + 0.01 * seed, 0.6 for a probe, 0.1 * fold for solar cells."""
+    """A result for every job: 0.5 + 0.01 * seed, for a probe 0.6 + 0.01 * seed, 0.1 * fold for solar cells."""
 
     def write(name: str, results: dict) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "results.json").write_text(json.dumps(results))
 
     for job in chosen_jobs(["fashion_mnist", "ablations", "solar_cells"], None, DATA, RUNS):
-        kind, tail = job.name.split("/")[1].split("_")[0], int(job.name[-1]) if job.name[-1].isdigit() else 0
+        kind, number = job.name.split("/")[1].split("_")[0], re.search(r"(?:_s|fold)(\d)$", job.name)
+        tail = int(number[1]) if number else 0
         if kind == "probe":
-            write(job.name, {"top1": 0.6, "knn": {"10": 0.3, "20": 0.4}})
+            write(job.name, {"top1": 0.6 + 0.01 * tail, "knn": {"10": 0.3, "20": 0.4}})
         elif kind == "ft":
             write(job.name, {"top1": 0.5 + 0.01 * tail, "balanced_accuracy": 0.1 * tail})
     write("elpv/baselines", {m: {"balanced_accuracy": [0.7] * FOLDS} for m in ("pixels", "efficientnet")})
@@ -360,6 +362,7 @@ def test_tables__show_every_result(fake_runs: Path) -> None:
     assert "| from scratch | 0.0 | 10.0 | 20.0 | 30.0 | 40.0 | 20.0 ± 15.8 |" in text
     assert "| raw pixels | 60.0 | 40.0 |" in text
     assert "| mask_tokens_in_encoder true | 60.0 | 40.0 | 800 |" in text
+    assert "| decoder_type cross prediction_ratio 0.33 | 61.0 ± 1.0 | 40.0 ± 0.0 | 800 |" in text
     assert text.count("800 |") == len(ABLATIONS)
 
 
