@@ -23,9 +23,8 @@ the machine" is the rate of the step's FLOPs beside the rate of its linear layer
 by itself in the same minutes: it needs a machine that does nothing else. On a GPU the same commands apply, but for
 `processes`, which is about cores; nothing was measured on one.
 
-On Linux, glibc gives large blocks back, and every step has to ask for them again. MALLOC_MMAP_MAX_=0 with
-MALLOC_TRIM_THRESHOLD_=100000000000 in the environment lets it keep them, which is faster on a CPU; with
-MALLOC_MMAP_THRESHOLD_=1000000 it keeps none, and `memory` is what the step itself holds.
+What glibc does with memory that was freed changes the speed on a CPU and the peak of `memory`: see KEEP and FREE in the
+README ("Speed"). The line of JSON says how it was set.
 """
 
 import argparse

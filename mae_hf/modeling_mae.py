@@ -128,6 +128,7 @@ class MAEAttention(nn.Module):
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         key = self.k_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # transformers lets the implementation be changed only where it finds this very call in the model's module.
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )

@@ -334,6 +334,14 @@ def test_speed__of_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert 0 < speed["lowest"] <= speed["median"] <= speed["highest"]
 
 
+def test_ablations__a_close_comparison_has_a_run_and_a_probe_for_each_seed() -> None:
+    jobs = {job.name.split("/")[1]: job for job in chosen_jobs(["ablations"], None, DATA, RUNS)}
+    for seed, run in ((0, "ab_cross"), (1, "ab_cross_s1"), (2, "ab_cross_s2")):
+        assert jobs[run].words[-2:] == ["--seed", str(seed)]
+        assert jobs[f"probe_{run}"].after == jobs[run].name
+    assert "ab_depth4_s1" not in jobs
+
+
 @pytest.fixture
 def fake_runs(tmp_path: Path) -> Path:
     """A result for every job: 0.5 + 0.01 * seed, for a probe 0.6 + 0.01 * seed, 0.1 * fold for solar cells."""
