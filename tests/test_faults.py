@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scripts import free_port, losses, metrics, skipped
 
 from mae_hf.training.faults import STOPPED, check_launcher
+from mae_hf.training.run import finish_writing
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -50,7 +51,10 @@ def arguments(photos: Path, run: Path, *words: str) -> list[str]:
 
 def pretrain(photos: Path, run: Path, *words: str) -> list[dict]:
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_pretrain.main(arguments(photos, run, *words))
+    try:
+        run_pretrain.main(arguments(photos, run, *words))
+    finally:
+        finish_writing()  # as the script does before it ends
     return metrics(run)
 
 
