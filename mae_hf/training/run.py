@@ -32,7 +32,9 @@ from .recipe import MAY_CHANGE, as_yaml
 NAMED_IMAGES = 8  # of a step whose loss is not finite
 CHECKSUMS = "checksums.json"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-WRITER = ThreadPoolExecutor(1, "checkpoint")  # the interpreter waits for it before it ends
+# One thread that writes checkpoints; the interpreter waits for it before it ends. It must compute nothing with torch: a
+# second pool of OpenMP threads outnumbers the cores, and makes every later step 1.4 times as slow on a CPU.
+WRITER = ThreadPoolExecutor(1, "checkpoint")
 LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface-hub", "safetensors")
 
 
