@@ -1,8 +1,10 @@
 """From a name to encoded images, with labels if they are wanted; and how labelled images are divided."""
 
+import hashlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from glob import escape
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,17 @@ class ImageSource:
     images: a column "image" of {"bytes", "path"}, not decoded; where labels were asked for, a column "label" of ints.
     length: number of images, or None for a stream that does not know.
     label_names: what the labels mean, or None where they were not asked for.
+    fingerprint: which images these are, wherever they lie: {"images": number, "names": hash of the sorted names of the
+        files below the folder, or of what else identifies the data set}; nothing is read for it, so a picture that
+        was edited in place is not seen. Of a stream the number may be None. It stays that of the whole data set where
+        some of its images are selected.
     """
 
     name: str
     images: datasets.Dataset | datasets.IterableDataset
     length: int | None
     label_names: list[str] | None = None
+    fingerprint: dict[str, Any] | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -86,7 +93,30 @@ def open_source(
         length = len(images)
     if length == 0 or next(iter(images), None) is None:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
-    return ImageSource(name, images, length or None, label_names)
+    fingerprint = {"images": length or None, "names": _names_hash(images, dataset)}
+    return ImageSource(name, images, length or None, label_names, fingerprint)
+
+
+def _names_hash(images: Any, dataset: str) -> str:
+    """A hash of the names of a data set's files and, of tables and shards, of their sizes; not of where they lie."""
+    path = Path(dataset).expanduser()
+    if dataset == "digits" or not (path.exists() or "*" in dataset):  # a data set of the Hub
+        return _hash([dataset])
+    saved = path / "state.json"
+    if saved.exists():
+        return _hash([saved.read_text()])
+    files = [Path(file) for file in glob(str(path), recursive=True)] if not path.is_dir() else list(path.rglob("*"))
+    tables = [file for file in files if file.suffix in BUILDERS]
+    if tables:
+        return _hash(f"{file.name} {file.stat().st_size}" for file in tables)
+    root = path if path.is_dir() else Path(str(path).split("*")[0]).parent
+    if isinstance(images, datasets.IterableDataset):
+        return _hash(str(file.relative_to(root)) for file in files if file.is_file())
+    return _hash(str(Path(row["path"]).relative_to(root.absolute())) for row in images["image"])
+
+
+def _hash(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _load(dataset: str, split: str, streaming: bool) -> tuple[Any, str]:

@@ -1,6 +1,8 @@
 """Sources, decoding, transforms, and the order of the samples."""
 
 import io
+import json
+import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -104,6 +106,36 @@ def test_open_source__every_image_once(kind: str, streaming: bool, tmp_path: Pat
     assert source.is_stream == streaming
     assert sorted(which(row["image"]) for row in source.images) == list(range(6))
     assert str(tmp_path) not in source.name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_fingerprint__is_that_of_the_images_not_of_their_place(kind: str, streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    path = SOURCES[kind](tmp_path / "one" / "images")
+    before = open_source(path, streaming=streaming).fingerprint
+    shutil.copytree(tmp_path / "one", tmp_path / "other disk")
+    copy = path.replace("/one/", "/other disk/")
+    assert open_source(copy, streaming=streaming).fingerprint == before
+    assert json.loads(json.dumps(before)) == before
+    if not streaming:
+        assert before["images"] == 6
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fingerprint__tells_an_image_that_came_went_or_was_renamed(streaming: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"])
+    prints = [open_source(folder, streaming=streaming).fingerprint]
+    for change in (
+        lambda: (tmp_path / "a" / "1.png").rename(tmp_path / "b" / "1.png"),
+        lambda: write_folder(tmp_path, ["b/3.png"]),
+        lambda: (tmp_path / "a" / "0.png").unlink(),
+    ):
+        change()
+        prints.append(open_source(folder, streaming=streaming).fingerprint)
+    assert len({print["names"] for print in prints}) == 4
+    if not streaming:
+        assert [print["images"] for print in prints] == [3, 3, 4, 3]
 
 
 def test_open_source__digits_are_those_of_scikit_learn() -> None:
