@@ -2,7 +2,8 @@
 
     python examples/benchmark_loop.py                                             # the quickstart's model
     python examples/benchmark_loop.py --steps 60 --save_every 10 -- --dataset digits --num_channels 1 \
-        --image_mean 0.3 --image_std 0.37 --size tiny --image_size 96 --decoder_num_hidden_layers 4 \
+        --image_mean 0.3 --image_std 0.37 --size tiny --image_size 96 --decoder_hidden_size 512 \
+        --decoder_num_hidden_layers 4 --decoder_num_attention_heads 16 \
         --total_batch_size 4 --log_every 10                                       # ViT-Ti at 96 pixels
 
 Words after -- are settings of run_pretrain.py. Its main() runs as it is, apart from the loader: batches are read

@@ -31,7 +31,7 @@ from transformers import (
     ViTModel,
 )
 
-from .configuration_mae import MAEConfig
+from .configuration_mae import SIZES, MAEConfig
 from .loading import TRANSFORMERS_KEYS
 from .modeling_mae import (
     MAEForImageClassification,
@@ -226,7 +226,7 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
     """The configuration of a state dict in the original's layout, from its shapes.
 
     Shapes don't tell the number of heads. In the ViTs from Ti to L they are 64 wide, and ViT-H has 16 (Dosovitskiy et
-    al. 2020, Table 1); every decoder of the original has 16.
+    al. 2020, Table 1); every decoder of the original has 16, those of our smaller sizes have fewer.
 
     Args:
         weights: in the layout of the original or timm.
@@ -272,6 +272,10 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
         inferred["decoder_hidden_size"] = shape("decoder_embed.weight", 2)[0]
         inferred["decoder_num_hidden_layers"] = _depth(weights, "decoder_blocks")
         inferred["decoder_intermediate_size"] = shape("decoder_blocks.0.mlp.fc1.weight", 2)[0]
+        told = ("hidden_size", "decoder_hidden_size", "decoder_num_hidden_layers")
+        for named in SIZES.values():
+            if all(inferred[name] == named.get(name) for name in told):
+                inferred["decoder_num_attention_heads"] = named["decoder_num_attention_heads"]
     if "head.weight" in weights:
         inferred["num_labels"] = shape("head.weight", 2)[0]
         inferred["pooling"] = "mean" if "fc_norm.weight" in weights else "cls"

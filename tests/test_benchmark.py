@@ -118,6 +118,13 @@ def test_count__flops_of_a_step_are_those_of_the_formula() -> None:
     assert work.linear_flops(trained=True) == 2 * 6 * linear
 
 
+# At 224 pixels, 75 % hidden. A decoder of the paper would make it 33.8 for tiny and 38.7 for small.
+@pytest.mark.parametrize(("size", "gflop"), [("tiny", 4.3), ("small", 11.0), ("base", 58.1)])
+def test_count__a_step_of_a_size_costs_in_proportion(size: str, gflop: float) -> None:
+    work = benchmark.count_work(parse_side(f"ours,size={size}"), pretraining_model, batch=1, trained=True)
+    assert work.flops / 1e9 == pytest.approx(gflop, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [

@@ -26,23 +26,30 @@ def test_defaults__vit_base_as_in_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "depth", "heads", "patch"),
+    ("name", "width", "depth", "heads", "patch", "decoder"),
     [
-        ("tiny", 192, 12, 3, 16),
-        ("small", 384, 12, 6, 16),
-        ("base", 768, 12, 12, 16),
-        ("large", 1024, 24, 16, 16),
-        ("huge", 1280, 32, 16, 14),
+        ("tiny", 192, 12, 3, 16, (192, 4, 6)),
+        ("small", 384, 12, 6, 16, (256, 4, 8)),
+        ("base", 768, 12, 12, 16, (512, 8, 16)),
+        ("large", 1024, 24, 16, 16, (512, 8, 16)),
+        ("huge", 1280, 32, 16, 14, (512, 8, 16)),
     ],
 )
-def test_from_size__width_depth_heads_patch(name: str, width: int, depth: int, heads: int, patch: int) -> None:
+def test_from_size__width_depth_heads_patch_decoder(
+    name: str, width: int, depth: int, heads: int, patch: int, decoder: tuple[int, int, int]
+) -> None:
     config = MAEConfig.from_size(name)
     assert config.hidden_size == width
     assert config.num_hidden_layers == depth
     assert config.num_attention_heads == heads
     assert config.patch_size == patch
     assert config.intermediate_size == 4 * width
-    assert config.decoder_hidden_size == 512  # the same decoder for every encoder
+    assert decoder == (
+        config.decoder_hidden_size,
+        config.decoder_num_hidden_layers,
+        config.decoder_num_attention_heads,
+    )
+    assert config.decoder_intermediate_size == 4 * config.decoder_hidden_size
 
 
 def test_from_size__fields_on_top() -> None:

@@ -44,7 +44,9 @@ class Recipe:
     # --- the encoder
     model_name_or_path: str | None = setting(None, "start from this checkpoint, which then decides the architecture")
     size: str | None = setting(
-        None, f"named encoder: {', '.join(SIZES)}; base if neither this nor a checkpoint is given"
+        None,
+        f"named model: {', '.join(SIZES)}; base if neither this nor a checkpoint is given. The decoder of tiny is 192 "
+        "wide and 4 blocks deep, of small 256 and 4, of the others the paper's 512 and 8",
     )
     image_size: list[int] | None = setting(None, "pixels, one number or height and width; 224, or the checkpoint's")
     patch_size: list[int] | None = setting(None, "pixels, one number or height and width; else the size's")
@@ -192,9 +194,9 @@ class Recipe:
 class PretrainRecipe(Recipe):
     """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
 
-    decoder_hidden_size: int | None = setting(None, "width of the decoder, 512 in the paper")
-    decoder_num_hidden_layers: int | None = setting(None, "depth of the decoder, 8 in the paper")
-    decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, 16 in the paper")
+    decoder_hidden_size: int | None = setting(None, "width of the decoder, else the size's; 512 in the paper")
+    decoder_num_hidden_layers: int | None = setting(None, "depth of the decoder, else the size's; 8 in the paper")
+    decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, else the size's; 16 in the paper")
     mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)")
     norm_pix_loss: bool = setting(True, "predict pixels normalised per patch (Table 1d)")
     mask_tokens_in_encoder: bool = setting(
