@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,9 @@ def test_save_picture__four_columns_a_row_an_image(channels: int, tmp_path: Path
     save_picture(MAEReconstruction(*shades), tmp_path / "picture.png")
     picture = Image.open(tmp_path / "picture.png")
     factor = 12  # 8 pixels become at least 96
-    assert picture.size == (4 * 12 * factor + 5 * 4, 2 * 8 * factor + 3 * 4)
-    centres = [picture.getpixel((4 + 72 + column * (144 + 4), 50)) for column in range(4)]
+    assert picture.size == (4 * 12 * factor + 5 * 4, 16 + 2 * 8 * factor + 3 * 4)
+    centres = [picture.getpixel((4 + 72 + column * (144 + 4), 66)) for column in range(4)]
     assert centres == [(0, 0, 0), (64, 64, 64), (128, 128, 128), (255, 255, 255)]
+    titles = np.asarray(picture)[:16].reshape(16, -1, 3)
+    for column in range(4):
+        assert titles[:, 4 + column * (144 + 4) :][:, :144].min() < 100, f"column {column} has no title"
