@@ -1,14 +1,12 @@
 """What a frozen encoder is worth: its features, k-NN, a linear and an attentive probe, as functions for a notebook.
 
-model = MAEModel.from_pretrained("runs/mine", pooling="cls")
-encode = frozen_encoder(model, *checkpoint_normalisation("runs/mine"))
-sources = [open_source("path/to/images", split, labelled=True) for split in ("train", "test")]
-train, test = [LabelledImages(source, eval_transform((224, 224), 0.875), 3, seed=0) for source in sources]
-features, labels = extract_features(encode, train)
-test_features, test_labels = extract_features(encode, test)
+from mae_hf.training.evaluate import classification_metrics, encode_images, knn_accuracy, linear_probe
+
+features, labels = encode_images("runs/mine", "path/to/images", "train")
+test_features, test_labels = encode_images("runs/mine", "path/to/images", "test")
 probe = linear_probe(features, labels)
-classification_metrics(probe(test_features), test_labels).top1
-knn_accuracy(features, labels, test_features, test_labels, ks=[20])
+print(classification_metrics(probe(test_features), test_labels).top1)
+print(knn_accuracy(features, labels, test_features, test_labels, ks=[20]))
 
 B batch  M,L numbers of images  N patches  D width of the encoder  K classes  S probes side by side
 """
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modeling_mae import MAEModel
-from .augment import Normalize
-from .data import LabelledImages, Schedule, evaluation_batches
+from .augment import Normalize, eval_transform
+from .data import JudgingImages, LabelledImages, Schedule, evaluation_batches
 from .metrics import apply_to_images, classification_metrics
 from .optim import LARS, lr_at
-from .sources import image_order
+from .recipe import checkpoint_normalisation
+from .sources import image_order, open_source
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
@@ -76,6 +75,38 @@ def extract_features(
     state = PartialState()
     batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
     return apply_to_images(encode, batches)
+
+
+def encode_images(
+    name: str,
+    dataset: str,
+    split: str = "train",
+    pooling: str = "cls",
+    center_crop: float = 0.875,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Features of labelled images by the frozen encoder of a checkpoint, as run_linear_probe.py sees them unaugmented.
+
+    Args:
+        name: of the checkpoint, a folder or a name on the Hub; its processor tells the normalisation.
+        dataset, split: see `open_source`.
+        pooling: "cls" for the class token, "mean" for the mean of the patch tokens.
+        center_crop: the share of the resized image's side that is kept.
+        batch_size, num_workers: see `extract_features`.
+
+    Returns:
+        Features (M, D) float32 and labels (M,) int64, on the CPU, in the order of the data set.
+
+    Raises:
+        ValueError: the images cannot be opened, or have no labels.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = MAEModel.from_pretrained(name, pooling=pooling).to(device or "cpu")
+    view = eval_transform(model.config.image_shape, center_crop)
+    images = JudgingImages(open_source(dataset, split, labelled=True), view, model.config.num_channels, seed=0)
+    encode = frozen_encoder(model, *checkpoint_normalisation(name))
+    return extract_features(encode, images, batch_size, num_workers)
 
 
 def pool(tokens: Tensor, pooling: str) -> Tensor:

@@ -1,13 +1,15 @@
 """Features, k-NN and probes as a notebook uses them, each against something slow and obvious."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import max_difference, scramble, seeded, tiny_config
 from torch import Tensor
 
-from mae_hf import MAEModel
+from mae_hf import MAEForPreTraining, MAEModel
+from mae_hf.training import evaluate
 from mae_hf.training.augment import Normalize, eval_transform
 from mae_hf.training.data import LabelledImages, Schedule, batches
 from mae_hf.training.evaluate import (
@@ -168,3 +170,20 @@ def test_feature_batches__deal_as_the_images_are_dealt(num_processes: int, digit
         for left, right in zip(of_images, of_features, strict=True):
             assert torch.equal(left["pixel_values"].float().flatten(1), right["features"])
             assert torch.equal(left["label"], right["label"])
+
+
+@pytest.mark.parametrize("image_size", [32, (16, 48)])
+def test_notebook_snippet__runs_as_it_stands(
+    image_size: int | tuple[int, int], pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MAEForPreTraining(tiny_config(image_size=image_size))
+    model.save_pretrained(tmp_path / "runs" / "mine")
+    (tmp_path / "path" / "to" / "images").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "path" / "to" / "images" / split).symlink_to(pets)
+    monkeypatch.chdir(tmp_path)
+    _, imports, lines, _ = (evaluate.__doc__ or "").split("\n\n")
+    names: dict = {}
+    exec(f"{imports}\n{lines}", names)
+    assert names["features"].shape == names["test_features"].shape == (24, 32)
+    assert names["labels"].bincount().tolist() == [9, 8, 7]
