@@ -37,9 +37,10 @@ import torch
 from accelerate import PartialState
 
 from mae_hf.training.augment import Normalize
+from mae_hf.training.checkpoints import copied_to_host, finish_writing
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.recipe import PretrainRecipe
-from mae_hf.training.run import best_precision, copied_to_host, finish_writing
+from mae_hf.training.run import best_precision
 
 BATCHES = 8  # kept in memory
 

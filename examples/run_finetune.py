@@ -37,16 +37,9 @@ from mae_hf.training.hub import HubPush
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
+from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
 from mae_hf.training.recipe import FinetuneRecipe, parse_recipe
-from mae_hf.training.run import (
-    DataClock,
-    Progress,
-    RunFolder,
-    StepLosses,
-    best_precision,
-    is_finite_everywhere,
-    start_trackers,
-)
+from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
 

@@ -42,8 +42,9 @@ from mae_hf.training.evaluate import (
 from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
+from mae_hf.training.progress import DataClock, Progress, StepLosses
 from mae_hf.training.recipe import ProbeRecipe, parse_recipe
-from mae_hf.training.run import DataClock, Progress, RunFolder, StepLosses, best_precision, start_trackers
+from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 

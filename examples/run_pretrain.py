@@ -25,17 +25,10 @@ from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_scri
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
+from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
-from mae_hf.training.run import (
-    DataClock,
-    Progress,
-    RunFolder,
-    StepLosses,
-    best_precision,
-    is_finite_everywhere,
-    start_trackers,
-)
+from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
 

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import free_port, losses, metrics, skipped
 
+from mae_hf.training.checkpoints import finish_writing
 from mae_hf.training.faults import STOPPED, check_launcher
-from mae_hf.training.run import finish_writing
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

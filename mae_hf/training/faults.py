@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from .run import finish_writing
+from .checkpoints import finish_writing
 
 # The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75

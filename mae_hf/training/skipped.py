@@ -88,5 +88,5 @@ class Skipped:
         if self.steps > most:
             raise FloatingPointError(
                 f"The loss was not finite in {self.steps} steps, the last one step {step}; max_skipped_steps allows "
-                f"{most}. The newest checkpoint is {self.folder.newest_checkpoint()}."
+                f"{most}. The newest checkpoint is {self.folder.checkpoints.newest()}."
             )

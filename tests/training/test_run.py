@@ -11,9 +11,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from mae_hf.training import run
+from mae_hf.training import checkpoints
+from mae_hf.training.checkpoints import copied_to_host
+from mae_hf.training.progress import Progress
 from mae_hf.training.recipe import PretrainRecipe
-from mae_hf.training.run import Progress, RunFolder, copied_to_host
+from mae_hf.training.run import RunFolder
 
 
 def run_folder(path: Path, **settings) -> RunFolder:
@@ -48,21 +50,21 @@ def test_run_folder__resumes_from_the_newest_and_keeps_the_last(tmp_path: Path) 
         folder.log({"step": step, "loss": 0.5})
         folder.save(accelerator, step, [[0.5]], keep=2)
     folder.wait()
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in folder.checkpoints.path.iterdir()) == ["step-00000002", "step-00000003"]
     expected = model.weight.detach().clone()
 
     take_step(model, optimizer)
     folder.log({"step": 4, "loss": 0.4})
     with folder.metrics.open("a") as file:
         file.write('{"step": 5, "lo')  # cut off while writing
-    (folder.checkpoints / ".step-00000004.partial").mkdir()  # and here, while saving
+    (folder.checkpoints.path / ".step-00000004.partial").mkdir()  # and here, while saving
     assert run_folder(tmp_path).resume(accelerator) == (3, [[0.5]])
     assert torch.equal(model.weight, expected)
     assert [record["step"] for record in folder.history()] == [1, 2, 3]
     take_step(model, optimizer)
     folder.save(accelerator, 4, [], keep=2)
     folder.wait()
-    assert folder.newest_checkpoint() == folder.checkpoints / "step-00000004"
+    assert folder.checkpoints.newest() == folder.checkpoints.path / "step-00000004"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing byte", "missing file", "no checksums"])
@@ -78,7 +80,7 @@ def test_run_folder__takes_the_one_before_a_damaged_checkpoint(damage: str, name
         folder.save(accelerator, step, [], keep=2)
         folder.wait()
         weights[step] = model.weight.detach().clone()
-    file = folder.newest_checkpoint() / name
+    file = folder.checkpoints.newest() / name
     content = bytearray(file.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
@@ -93,7 +95,7 @@ def test_run_folder__takes_the_one_before_a_damaged_checkpoint(damage: str, name
         assert run_folder(tmp_path).resume(accelerator) == (1, [])
     assert torch.equal(model.weight, weights[1])
     assert [record["step"] for record in folder.history()] == [1]
-    assert (folder.checkpoints / "damaged-step-00000002").exists()
+    assert (folder.checkpoints.path / "damaged-step-00000002").exists()
 
 
 def test_run_folder__writes_no_weight_that_is_not_finite(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_run_folder__writes_no_weight_that_is_not_finite(tmp_path: Path) -> None
     folder.wait()
     with pytest.raises(FloatingPointError, match="A weight is not finite after step 2; no checkpoint"):
         folder.save(accelerator, 2, [], keep=2)
-    assert folder.newest_checkpoint().name == "step-00000001"
+    assert folder.checkpoints.newest().name == "step-00000001"
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def slow_writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         event.wait()
         save_file(*arguments, **settings)
 
-    monkeypatch.setattr(run, "save_file", wait_and_save)
+    monkeypatch.setattr(checkpoints, "save_file", wait_and_save)
     yield event
     event.set()
 
@@ -140,7 +142,7 @@ def test_run_folder__goes_on_while_it_writes_the_state_of_the_step(
         group["lr"] = 0.01
     take_step(model, optimizer)
     average.update_parameters(model)
-    assert folder.newest_checkpoint() is None
+    assert folder.checkpoints.newest() is None
     slow_writing.set()
     folder.wait()
     assert run_folder(tmp_path).resume(accelerator) == (1, [[0.5]])
@@ -161,11 +163,11 @@ def test_run_folder__failure_of_writing_is_raised_by_the_next(
     def fail(*arguments, **settings) -> None:
         raise OSError("Input/output error")
 
-    monkeypatch.setattr(run, "save_file", fail)
+    monkeypatch.setattr(checkpoints, "save_file", fail)
     folder.save(accelerator, 2, [], keep=2)
     with pytest.raises(OSError, match=r"The checkpoint of step 2 cannot be written to .*: Input/output error"):
         folder.save(accelerator, 3, [], keep=2) if then == "save" else folder.wait()
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001"]
+    assert [path.name for path in folder.checkpoints.path.iterdir()] == ["step-00000001"]
 
 
 def test_run_folder__resume_waits_for_what_a_failed_run_still_writes(

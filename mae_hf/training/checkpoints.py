@@ -1,0 +1,220 @@
+"""The checkpoints of a run: written in the background, complete or not there; and how a run goes on from one."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.checkpointing import save_accelerator_state
+from accelerate.utils import DistributedType, recursively_apply
+from safetensors.torch import save_file
+
+from .files import flush
+
+CHECKSUMS = "checksums.json"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# One thread that writes checkpoints; the interpreter waits for it before it ends. It must compute nothing with torch: a
+# second pool of OpenMP threads outnumbers the cores, and makes every later step 1.4 times as slow on a CPU.
+WRITER = ThreadPoolExecutor(1, "checkpoint")
+
+
+class Checkpoints:
+    """The newest few states of a run on disk: step-00001000/ with model, optimizer, step and checksums.
+
+    Args:
+        path: their folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.writing: Future[None] | None = None
+
+    def newest(self) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        return max(self.path.glob("step-*"), default=None)
+
+    def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
+        """Write a checkpoint after `step` optimizer steps, in the background; every process calls this.
+
+        The state is copied to the memory of the host, where one thread hashes, writes and flushes it while the
+        training goes on: see `wait`. A sharded model is written at once, because all of its processes take part.
+
+        `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
+
+        It is written aside, flushed and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
+
+        Raises:
+            OSError: this or the checkpoint before cannot be written, see `wait`.
+            FloatingPointError: a weight is not finite.
+        """
+        self.wait()
+        target = self.path / f"step-{step:08d}"
+        aside = self.path / f".{target.name}.partial"
+        _refuse_non_finite_weights(accelerator, step)
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        needed = _checkpoint_bytes(accelerator)
+        with self._explained(aside, step, needed):
+            states = _written_or_copied(accelerator, aside)
+            if accelerator.is_main_process:
+                (aside / "progress.json").write_text(json.dumps({"step": step, "losses": losses}))
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.writing = WRITER.submit(self._complete, states, aside, target, step, needed, keep)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        Raises:
+            OSError: the disk is full, or another failure of writing; the checkpoints that were there are as before.
+        """
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _complete(self, states: dict[str, Any], aside: Path, target: Path, step: int, needed: int, keep: int) -> None:
+        """Write what is missing of a checkpoint, and give it its name; in the background, where no process is met."""
+        with self._explained(aside, step, needed):
+            for name, state in states.items():
+                if name.endswith(".safetensors"):
+                    save_file(state, aside / name, metadata={"format": "pt"})
+                else:
+                    torch.save(state, aside / name)
+            (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
+            for file in aside.iterdir():
+                flush(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(aside, target)
+        flush(self.path)
+        for old in sorted(self.path.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _explained(self, aside: Path, step: int, needed: int) -> Iterator[None]:
+        """Remove a checkpoint of `needed` bytes that cannot be written, and say why."""
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            free = shutil.disk_usage(self.path).free
+            if not isinstance(error, OSError) and free > needed:
+                raise  # a lost process, for instance
+            # On a full disk, safetensors and torch raise errors of their own, of a file position for instance.
+            reason = "the disk is full" if free < needed else error
+            raise OSError(
+                f"The checkpoint of step {step} cannot be written to {self.path}: {reason}. It needs about "
+                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. The older ones are intact: make room and "
+                f"start again."
+            ) from error
+
+    def load(self, accelerator: Accelerator) -> tuple[int, list[list[float]]]:
+        """Load the newest intact checkpoint into everything that was prepared; every process calls this.
+
+        Returns:
+            the steps done so far, 0 without a checkpoint; the losses since the last line of metrics.
+
+        A checkpoint with a byte that is missing or not as it was written is set aside, with a warning, and the one
+        before it is taken.
+        """
+        finish_writing()  # of a run that has failed in this process
+        if accelerator.is_main_process:
+            for checkpoint in self.path.glob("step-*"):
+                if damaged := _damaged_files(checkpoint):
+                    shutil.rmtree(
+                        damaged_name := checkpoint.with_name(f"damaged-{checkpoint.name}"), ignore_errors=True
+                    )
+                    checkpoint.rename(damaged_name)
+                    warnings.warn(
+                        f"The checkpoint {checkpoint} is damaged ({', '.join(damaged)}); it is now called "
+                        f"{damaged_name.name}, and the run goes on from the one before it.",
+                        stacklevel=3,
+                    )
+        accelerator.wait_for_everyone()
+        newest = self.newest()
+        if newest is None:
+            return 0, []
+        accelerator.load_state(str(newest))
+        # The counter of micro-batches of which `accelerate` makes steps: with another number of rounds it would not
+        # begin with a step.
+        accelerator.step = 0
+        progress = json.loads((newest / "progress.json").read_text())
+        return progress["step"], progress["losses"]
+
+
+def finish_writing() -> None:
+    """Wait until the thread that writes checkpoints has nothing left to do, whether it succeeds or not."""
+    WRITER.submit(lambda: None).result()  # it does one thing after another
+
+
+def _written_or_copied(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """Write to a folder what cannot be written later, and copy the rest; every process calls this.
+
+    Returns:
+        the state of what was prepared, in the memory of the host, by the names under which `Accelerator.load_state`
+        looks for it; {} on other than the main process, and of a sharded model, which is written by now.
+    """
+    if accelerator.distributed_type in SHARDED:
+        accelerator.save_state(str(folder))
+        return {}
+    folder.mkdir(exist_ok=True)
+    # Of each process the state of its random numbers, and the scale of float16: all that is small.
+    save_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler)
+    if not accelerator.is_main_process:
+        return {}
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    states = {
+        "model.safetensors": accelerator.get_state_dict(model, unwrap=False),
+        "optimizer.bin": optimizer.state_dict(),
+        **{f"custom_checkpoint_{i}.pkl": other.state_dict() for i, other in enumerate(accelerator._custom_objects)},
+    }
+    return copied_to_host(states)
+
+
+def copied_to_host(states: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested states with every tensor in the memory of the host; waits for the device."""
+    return recursively_apply(lambda tensor: tensor.to("cpu", copy=True).contiguous(), states)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _damaged_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that are not as they were written, or not there."""
+    try:
+        written = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    found = _checksums(checkpoint)
+    return [name for name, checksum in written.items() if found.get(name) != checksum]
+
+
+def _refuse_non_finite_weights(accelerator: Accelerator, step: int) -> None:
+    for model in accelerator._models:
+        # A sum takes a hundredth of the time of isfinite().all() on a CPU, and is no more finite than its parts.
+        are_finite = [parameter.sum().isfinite() for parameter in model.parameters()]
+        if not all(bool(is_finite) for is_finite in are_finite):
+            raise FloatingPointError(
+                f"A weight is not finite after step {step}; no checkpoint of it was written. A lower --base_lr or "
+                f"--mixed_precision bf16 usually helps."
+            )
+
+
+def _checkpoint_bytes(accelerator: Accelerator) -> int:
+    """Of the weights, and of AdamW's two moments of each that is trained."""
+    parameters = [parameter for model in accelerator._models for parameter in model.parameters()]
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
