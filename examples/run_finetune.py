@@ -32,7 +32,7 @@ from mae_hf.training.data import (
     make_schedule,
     names_of_step,
 )
-from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.num_processes,
             recipe.num_workers,
         )
-        return classification_metrics(*predict(judged, loader, normalize, accelerator))
+        return classification_metrics(*predict(judged, stop.heeded(loader), normalize, accelerator))
 
     def report(metrics: ClassificationMetrics) -> None:
         """Write results.json and, where matplotlib is there, the confusion matrix as a picture."""
@@ -239,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     images = LabelledImages(source, transform, config.num_channels, recipe.seed, mixing)
     loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
-    data = DataClock(iter(loader))
+    data = DataClock(stop.heeded(loader))
     processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
 
     def save_model(path: Path) -> None:
@@ -250,16 +251,43 @@ def main(arguments: list[str] | None = None) -> None:
             processor.save_pretrained(path)
 
     metrics = None
-    best_top1 = max((record["eval_top1"] for record in folder.history() if "eval_top1" in record), default=-1.0)
+    judged_before = {record["step"]: record["eval_top1"] for record in folder.history() if "eval_top1" in record}
+    best_top1 = max(judged_before.values(), default=-1.0)
+
+    def is_judged_after(step: int) -> bool:
+        periods = [(s / schedule.steps_per_epoch) // recipe.eval_every for s in (step - 1, step)]
+        return periods[0] != periods[1] or step == total_steps
+
+    def judge(step: int) -> None:
+        """Log how good the model is after a step, and keep it if it is the best; every process calls this."""
+        nonlocal metrics, best_top1
+        metrics = evaluate(judged_model)
+        record = {f"eval_{name}": value for name, value in metrics.summary().items()}
+        record = {"step": step, "epoch": step / schedule.steps_per_epoch, **record}
+        if accelerator.is_main_process:
+            folder.log(record)
+        accelerator.log(record, step=step)
+        say(f"epoch {record['epoch']:.2f}  {sentence(metrics)}")
+        if metrics.top1 > best_top1:
+            best_top1 = metrics.top1
+            save_model(folder.path / "best")
 
     def names(step: int) -> list[str]:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    stop = StopSignal(accelerator, recipe.process_timeout)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
+
+    def save() -> None:
+        """A checkpoint of the steps that are done; every process calls this."""
+        skipped.gather(progress.step * recipe.total_batch_size)  # its list is to go as far
+        folder.save(accelerator, progress.step, losses.values(progress.step, names), recipe.keep_checkpoints)
+
+    stop.begin(folder, progress, save)
+    if first_step and is_judged_after(first_step) and first_step not in judged_before:  # a signal broke it off
+        judge(first_step)
     for step in range(first_step + 1, total_steps + 1):
         lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
         for group in optimizer.param_groups:
@@ -310,30 +338,15 @@ def main(arguments: list[str] | None = None) -> None:
             progress.show(record)
             losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
-        periods = [(s / schedule.steps_per_epoch) // recipe.eval_every for s in (step - 1, step)]
-        if periods[0] != periods[1] or step == total_steps:
+        if is_judged_after(step):
             started = time.perf_counter()
-            metrics = evaluate(judged_model)
-            record = {f"eval_{name}": value for name, value in metrics.summary().items()}
-            record = {"step": step, "epoch": step / schedule.steps_per_epoch, **record}
-            if accelerator.is_main_process:
-                folder.log(record)
-            accelerator.log(record, step=step)
-            say(f"epoch {record['epoch']:.2f}  {sentence(metrics)}")
-            if metrics.top1 > best_top1:
-                best_top1 = metrics.top1
-                save_model(folder.path / "best")
+            judge(step)
             logged_time += time.perf_counter() - started  # the progress line speaks of training
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
-        elif stop.was_received():
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
-            folder.wait()
-            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
-            accelerator.end_training()
-            sys.exit(STOPPED)
+            save()
     folder.wait()
     progress.close()
+    stop.finish()
 
     # ----------------------------------------------------------------------------------------------------------------
     # The model, its processor, its metrics and its card

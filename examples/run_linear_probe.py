@@ -13,7 +13,6 @@ file, then the command line. Starting again in a run folder continues the run.
 import copy
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,7 +38,7 @@ from mae_hf.training.evaluate import (
     knn_accuracy,
     pool,
 )
-from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
@@ -107,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    stop = StopSignal(accelerator, recipe.process_timeout)
     say, device = accelerator.print, accelerator.device
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         """What the function says of the images as they are judged, without anything random; and their labels."""
         fixed = JudgingImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
-            return extract_features(function, fixed, recipe.per_device_batch_size, recipe.num_workers)
+            return extract_features(function, fixed, recipe.per_device_batch_size, recipe.num_workers, stop.heeded)
 
     started = time.perf_counter()
     if not recipe.augment:
@@ -198,9 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
         transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
         images = LabelledImages(source, transform, config.num_channels, recipe.seed)
         loader = batches(images, schedule, first_step, index, recipe.num_workers, recipe.shuffle_buffer)
-        data = DataClock(iter(loader))
+        data = DataClock(stop.heeded(loader))
     else:
-        data = DataClock(feature_batches(features, labels, schedule, first_step, index, recipe.seed))
+        data = DataClock(stop.heeded(feature_batches(features, labels, schedule, first_step, index, recipe.seed)))
 
     def encoded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Features and labels of a micro-batch, on the device."""
@@ -215,11 +215,17 @@ def main(arguments: list[str] | None = None) -> None:
         return ["features at hand"]
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    stop = StopSignal(accelerator, recipe.process_timeout)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     probes.train()
     parts = 1 if is_linear else schedule.rounds
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
+
+    def save() -> None:
+        """A checkpoint of the steps that are done; every process calls this."""
+        skipped.gather(progress.step * recipe.total_batch_size)  # its list is to go as far
+        folder.save(accelerator, progress.step, losses.values(progress.step, names), recipe.keep_checkpoints)
+
+    stop.begin(folder, progress, save)
     for step in range(first_step + 1, total_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, total_steps, warmup_steps, group["peak_lr"], recipe.min_lr)
@@ -264,15 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
             losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
-        elif stop.was_received():
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
-            folder.wait()
-            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
-            accelerator.end_training()
-            sys.exit(STOPPED)
+            save()
     folder.wait()
     progress.close()
+    stop.finish()
 
     # ----------------------------------------------------------------------------------------------------------------
     # The choice, the judgement, the neighbours

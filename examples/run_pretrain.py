@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
-from mae_hf.training.faults import STOPPED, StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         smallest_crop,
     )
     loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
-    data = DataClock(iter(loader))
+    data = DataClock(stop.heeded(loader))
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
     fixed = fixed_batch(source, config, recipe)
 
@@ -185,10 +186,16 @@ def main(arguments: list[str] | None = None) -> None:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    stop = StopSignal(accelerator, recipe.process_timeout)
     progress = Progress(total_steps, first_step, accelerator.is_main_process)
     model.train()
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
+
+    def save() -> None:
+        """A checkpoint of the steps that are done; every process calls this."""
+        skipped.gather(progress.step * recipe.total_batch_size)  # its list is to go as far
+        folder.save(accelerator, progress.step, losses.values(progress.step, names), recipe.keep_checkpoints)
+
+    stop.begin(folder, progress, save)
     for step in range(first_step + 1, total_steps + 1):
         lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
         for group in optimizer.param_groups:
@@ -234,22 +241,17 @@ def main(arguments: list[str] | None = None) -> None:
             losses.clear()
             data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
         if step % recipe.save_every == 0 or step == total_steps:
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
+            save()
             # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.
             if hub and recipe.hub_push_every_checkpoint and step < total_steps and hub.is_free():
                 export()
                 if accelerator.is_main_process:
                     hub.in_background(f"Step {step} of {total_steps}")
-        elif stop.was_received():
-            folder.save(accelerator, step, losses.values(step, names), recipe.keep_checkpoints)
-            folder.wait()
-            say(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
-            accelerator.end_training()
-            sys.exit(STOPPED)
         if recipe.picture_every and step % recipe.picture_every == 0:
             save_reconstructions(folder.pictures / f"step-{step:08d}.png")
     folder.wait()
     progress.close()
+    stop.finish()
 
     # ----------------------------------------------------------------------------------------------------------------
     # The model, its processor, its picture and its card

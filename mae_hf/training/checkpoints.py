@@ -36,6 +36,7 @@ class Checkpoints:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.writing: Future[None] | None = None
+        self.newest_step: int | None = None
 
     def newest(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
@@ -50,12 +51,16 @@ class Checkpoints:
         `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
 
         It is written aside, flushed and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
+        The step that was saved last is not saved again.
 
         Raises:
             OSError: this or the checkpoint before cannot be written, see `wait`.
             FloatingPointError: a weight is not finite.
         """
         self.wait()
+        if step == self.newest_step:
+            return
+        self.newest_step = step
         target = self.path / f"step-{step:08d}"
         aside = self.path / f".{target.name}.partial"
         _refuse_non_finite_weights(accelerator, step)
@@ -147,6 +152,7 @@ class Checkpoints:
         # begin with a step.
         accelerator.step = 0
         progress = json.loads((newest / "progress.json").read_text())
+        self.newest_step = progress["step"]
         return progress["step"], progress["losses"]
 
 

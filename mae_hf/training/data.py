@@ -7,7 +7,6 @@ at step s needs to know s and nothing else.
 """
 
 import io
-import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torchvision.transforms import v2
 
 from .augment import Mixing, SmallestCrop
 from .sources import ImageSource, image_order, seed_of
+from .workers import Loader
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One image
@@ -35,7 +35,6 @@ LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorte
 
 MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
 SPARE_ROWS = 16
-WORKER_TIMEOUT = 600  # seconds for a batch, after which a worker counts as lost: a run that ends can be started again
 
 
 class BadImageError(ValueError):
@@ -401,7 +400,7 @@ def batches(
     process_index: int,
     num_workers: int,
     shuffle_buffer: int,
-) -> torch.utils.data.DataLoader[dict[str, Any]]:
+) -> Loader:
     """The micro-batches of one process from `first_step` to the end of the run, `rounds` of them a step.
 
     Keys are drawn in this process and sent to the workers, which only decode and augment: so a stream is read once a
@@ -427,24 +426,7 @@ def batches(
         def __len__(self) -> int:
             return (schedule.total_steps - first_step) * schedule.rounds
 
-    return _loader(images, OwnKeys(), num_workers)
-
-
-def _loader(
-    images: Samples, order: torch.utils.data.Sampler[list[SampleKey]], num_workers: int
-) -> torch.utils.data.DataLoader[dict[str, Any]]:
-    # Not forked from this process, which has threads (of gloo, of progress bars): one fork in some dozens hung. The
-    # server that is forked in its place imports what every worker needs just once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return torch.utils.data.DataLoader(
-        images,
-        batch_sampler=order,
-        num_workers=num_workers,
-        multiprocessing_context=context if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        timeout=WORKER_TIMEOUT if num_workers else 0,
-    )
+    return Loader(images, OwnKeys(), num_workers)
 
 
 def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer: int) -> list[str]:
@@ -460,7 +442,7 @@ def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer
 
 def evaluation_batches(
     images: Samples, batch_size: int, process_index: int, num_processes: int, num_workers: int
-) -> torch.utils.data.DataLoader[dict[str, Any]]:
+) -> Loader:
     """Every image of the source once, dealt out over the processes.
 
     Every process gets the same number of full batches, because they may have to compute in step. What fills up the last
@@ -478,4 +460,4 @@ def evaluation_batches(
                 round_of_all += [filler] * (batch_size * num_processes - len(round_of_all))
                 yield round_of_all[process_index * batch_size :][:batch_size]
 
-    return _loader(images, InOrder(), num_workers)
+    return Loader(images, InOrder(), num_workers)

@@ -11,7 +11,8 @@ print(knn_accuracy(features, labels, test_features, test_labels, ks=[20]))
 B batch  M,L numbers of images  N patches  D width of the encoder  K classes  S probes side by side
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -58,7 +59,11 @@ def frozen_encoder(
 
 
 def extract_features(
-    encode: Callable[[Tensor], Tensor], images: LabelledImages, batch_size: int = 64, num_workers: int = 0
+    encode: Callable[[Tensor], Tensor],
+    images: LabelledImages,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    heeded: Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]] = iter,
 ) -> tuple[Tensor, Tensor]:
     """The features of all images, which under Accelerate the processes divide among themselves.
 
@@ -67,6 +72,7 @@ def extract_features(
         images: with the transform of evaluation, so that their features are the same every time.
         batch_size: images that one process handles at once.
         num_workers: processes that load images, for each training process.
+        heeded: of a `StopSignal`, where signals are to be heeded meanwhile.
 
     Returns:
         Features (M, D) or (M, 1 + N, D) float32 and labels (M,) int64, on the CPU of every process, in the order of the
@@ -74,7 +80,7 @@ def extract_features(
     """
     state = PartialState()
     batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
-    return apply_to_images(encode, batches)
+    return apply_to_images(encode, heeded(batches))
 
 
 def encode_images(
