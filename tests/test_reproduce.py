@@ -146,7 +146,8 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
         assert (EXAMPLES / script).is_file()
         if job.name == "elpv/baselines":
             continue  # takes no recipe
-        settings = words[words.index("--recipe") :]  # vit_mae.py and baselines.py have a word before
+        first = next(index for index, word in enumerate(words) if word.startswith("--"))
+        settings = words[first:]  # vit_mae.py and baselines.py have a word before
         recipe = parse_recipe(RECIPE_OF_SCRIPT[script], settings, EXAMPLES / "recipes")
         assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold")), job.name
         assert recipe.model_name_or_path == (None if job.after is None else str(RUNS / job.after)), job.name
