@@ -51,10 +51,7 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
         model = MAEForPreTraining(recipe.config())
     else:
         config = recipe.checkpoint_config(may_differ=("image_size", "mask_ratio", "norm_pix_loss"))
-        # The only mismatch that is left is the position table of another image size; it is computed anew.
-        model = MAEForPreTraining.from_pretrained(
-            recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True
-        )
+        model = MAEForPreTraining.from_pretrained(recipe.model_name_or_path, config=config)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:

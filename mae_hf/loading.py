@@ -1,11 +1,17 @@
 """What a checkpoint must be to be loaded: which keys it may have, an intact file, finite weights of the right shape."""
 
 import json
+import math
 import os
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .configuration_mae import MAEConfig
+from .patches import resize_position_table
 
 # Keys of published ViTMAE and ViT checkpoints -> keys here, as parts of names. The first row also turns the
 # "decoder.decoder_encoder.layer." that transformers 5.23 saves back into "decoder.decoder_layers.".
@@ -90,6 +96,47 @@ def check_loaded_weights(model: nn.Module, loading_info: Any, ignore_mismatched_
     ]
     if broken:
         raise ValueError(f"The checkpoint has weights that are NaN or infinite: {_first_few(broken)}.")
+
+
+def resize_checkpoint_tables(
+    state_dict: dict[str, Tensor] | None, files: list[str], config: MAEConfig
+) -> dict[str, Tensor] | None:
+    """The weights to load, with the position tables resized if `config` has another grid than the checkpoint.
+
+    The checkpoint's own grid is that of the config.json beside it, or where there is none, a square. A table that does
+    not fit its own config.json is left as it is, to be refused with everything else that is damaged.
+
+    Args:
+        state_dict: the weights, or `None` if they are in the files.
+        files: safetensors.
+        config: of the model.
+
+    Returns:
+        `state_dict` itself where nothing is to be resized.
+    """
+    shapes: dict[str, list[int]] = {}
+    if state_dict is not None:
+        shapes = {name: list(weight.shape) for name, weight in state_dict.items() if _is_table(name)}
+    for file in files if state_dict is None else []:
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.offset_keys() if _is_table(name)}
+    lengths = {shape[1] if len(shape) == 3 else 0 for shape in shapes.values()}
+    if len(lengths) != 1 or (num_patches := lengths.pop() - 1) < 1:
+        return state_dict
+    try:
+        grid_shape = MAEConfig.from_pretrained(os.path.dirname(files[0])).grid_shape
+    except (OSError, ValueError, LookupError):  # no file, or no config.json beside it
+        grid_shape = config.grid_shape if num_patches == config.num_patches else (math.isqrt(num_patches),) * 2
+    if grid_shape == config.grid_shape or grid_shape[0] * grid_shape[1] != num_patches:
+        return state_dict
+    if state_dict is None:
+        state_dict = {name: weight for file in files for name, weight in load_file(file).items()}
+    resized = {name: resize_position_table(state_dict[name], grid_shape, config.grid_shape) for name in shapes}
+    return {**state_dict, **resized}
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(("position_embeddings", "decoder_pos_embed"))
 
 
 def _first_few(items: list[str]) -> str:

@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention
 from .configuration_mae import MAEConfig
-from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file
+from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file, resize_checkpoint_tables
 from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
 from .patches import (
     denormalize_patches,
@@ -303,6 +303,8 @@ class MAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen.
 
+        With another `image_size` than the checkpoint's, given here or in a `config`, its position tables are resized.
+
         Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
         Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.)
 
@@ -331,7 +333,7 @@ class MAEPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(
-        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
         # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
         # in their place, for a damaged config.json with all the memory that it asks for.
@@ -339,6 +341,7 @@ class MAEPreTrainedModel(PreTrainedModel):
             weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
             for file in checkpoint_files or []:
                 check_weights_file(file, weight_names)
+            state_dict = resize_checkpoint_tables(state_dict, checkpoint_files or [], model.config)
         loading_info, offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args
         )

@@ -283,14 +283,15 @@ def test_from_pretrained__dtype(model_class: type, tmp_path) -> None:
         assert torch.equal(tensor, model.state_dict()[name].bfloat16()), name
 
 
-def test_from_pretrained__another_image_size_gets_new_tables(tmp_path) -> None:
+@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
+def test_from_pretrained__another_image_size_resizes_the_tables(ignore_mismatched_sizes: bool, tmp_path) -> None:
     model = scramble(seeded(MAEForPreTraining, tiny_config()))
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        MAEForPreTraining.from_pretrained(tmp_path, image_size=(40, 48))
-    loaded = MAEForPreTraining.from_pretrained(tmp_path, image_size=(40, 48), ignore_mismatched_sizes=True)
+    loaded, info = MAEForPreTraining.from_pretrained(
+        tmp_path, image_size=(40, 48), ignore_mismatched_sizes=ignore_mismatched_sizes, output_loading_info=True
+    )
     assert loaded.config.grid_shape == (5, 6)
-    assert_tables_are_the_formula(loaded)
+    assert (info["missing_keys"], info["mismatched_keys"]) == (set(), set())
     assert frozen(loaded) == expected_frozen(MAEForPreTraining)
     assert torch.equal(loaded.decoder.mask_token, model.decoder.mask_token)
 

@@ -368,20 +368,69 @@ def test_hidden_states_and_attentions__asked_for_by_the_configuration(model_clas
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("shape", [(48, 32), (16, 64), (32, 32)])
-def test_interpolate__sincos_is_exact_for_any_grid(model_class: type, shape: tuple[int, int]) -> None:
-    small, right = seeded(model_class, CONFIG), seeded(model_class, tiny_config(image_size=shape))
-    shared = {
-        key: value for key, value in small.state_dict().items() if "position" not in key and "pos_embed" not in key
-    }
-    right.load_state_dict(shared, strict=False)
-    generator = torch.Generator().manual_seed(0)
-    images, noise = (
-        torch.randn(2, 3, *shape, generator=generator),
-        torch.rand(2, shape[0] * shape[1] // 64, generator=generator),
-    )
-    assert torch.equal(run(small, images, noise, interpolate_pos_encoding=True), run(right, images, noise))
+def waves(batch: int, height: int, width: int, seed: int) -> torch.Tensor:
+    """One picture at any size, of random contrast in each channel: what a patch shows, its position alone says."""
+    y, x = (math.pi * (torch.arange(side) + 0.5) / side for side in (height, width))
+    picture = y.cos()[:, None] + x.cos() + y.cos()[:, None] * x.cos()
+    return torch.rand(batch, 3, 1, 1, generator=torch.Generator().manual_seed(seed)) * picture
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked autoencoder that has learnt `waves` at 32 x 32 pixels, 8 x 8 patches."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 4}
+    model = MAEForPreTraining(tiny_config(**shape, decoder_num_hidden_layers=1, norm_pix_loss=False)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / 100)
+        optimizer.zero_grad()
+        model(waves(32, 32, 32, seed=step)).loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    model.save_pretrained(folder)
+    return folder
+
+
+def zero_shot_loss(model: MAEForPreTraining, shape: tuple[int, int]) -> float:
+    with torch.no_grad():
+        images, generator = waves(64, *shape, seed=1000), torch.Generator().manual_seed(0)
+        return model(images, generator=generator, interpolate_pos_encoding=True).loss.item()
+
+
+def test_interpolate__another_size_costs_a_trained_model_little(trained: Path) -> None:
+    model = MAEForPreTraining.from_pretrained(trained)
+    at_home = zero_shot_loss(model, (32, 32))
+    assert at_home < 0.2  # of 0.85, the mean square of the pixels
+    for shape in [(24, 24), (40, 40), (48, 48), (64, 64), (96, 96), (32, 64), (64, 24)]:
+        assert zero_shot_loss(model, shape) < 1.25 * at_home, shape
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (24, 40), (16, 128)])  # the last has as many patches as the checkpoint
+@pytest.mark.parametrize("how", ["argument", "config", "config and ignore_mismatched_sizes"])
+def test_interpolate__from_pretrained_at_another_size(shape: tuple[int, int], how: str, trained: Path) -> None:
+    if how == "argument":
+        larger = MAEForPreTraining.from_pretrained(trained, image_size=shape)
+    else:
+        config = MAEConfig.from_pretrained(trained, image_size=shape)
+        larger = MAEForPreTraining.from_pretrained(trained, config=config, ignore_mismatched_sizes="ignore" in how)
+    assert larger.config.image_shape == shape
+    assert not larger.vit.embeddings.position_embeddings.requires_grad
+    model = MAEForPreTraining.from_pretrained(trained)
+    assert zero_shot_loss(larger, shape) == pytest.approx(zero_shot_loss(model, shape), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_class", [MAEModel, MAEForImageClassification])
+def test_interpolate__from_pretrained_keeps_a_fine_tuned_table(model_class: type, tmp_path: Path) -> None:
+    model = scrambled(MAEForImageClassification)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")  # several files
+    larger = model_class.from_pretrained(tmp_path, image_size=48)
+    encoder = larger if model_class is MAEModel else larger.vit
+    assert encoder.embeddings.position_embeddings.requires_grad == (model_class is not MAEModel)
+    images = random_images(tiny_config(image_size=48))
+    expected = model.vit(images, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+    found = larger(images, output_hidden_states=True).hidden_states
+    assert max_difference(found[-1], expected[-1]) < 1e-5
 
 
 def test_interpolate__a_trained_table_is_resized_bicubically() -> None:
