@@ -58,12 +58,12 @@ def original(files: list[Path], draft: bool = False) -> Load:
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    smallest = SmallestCrop(CROP_SCALE[0], SIZE)
+    smallest = SmallestCrop(CROP_SCALE[0], (SIZE, SIZE))
 
     def load(number: int) -> dict[str, Tensor]:
         with Image.open(files[number % len(files)]) as image:
             if draft:
-                reduction = smallest.reduction(image.size)
+                reduction = smallest.reduction(*image.size)
                 image.draft("RGB", (image.width // reduction, image.height // reduction))
             return {"pixel_values": augment(image.convert("RGB"))}
 
@@ -73,7 +73,7 @@ def original(files: list[Path], draft: bool = False) -> Load:
 def ours(folder: Path, repeats: int = 1, reduced: bool = False) -> Load:
     """What run_pretrain.py loads, with the mask noise, and with `repeats` samples in a row of each image."""
     transform = train_transform((SIZE, SIZE), CROP_SCALE, horizontal_flip=True)
-    smallest = SmallestCrop(CROP_SCALE[0], SIZE) if reduced else None
+    smallest = SmallestCrop(CROP_SCALE[0], (SIZE, SIZE)) if reduced else None
     source = open_source(str(folder))
     images = PretrainingImages(source, transform, 3, PATCHES, 0, repeats, smallest)
 

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The loop
     # ----------------------------------------------------------------------------------------------------------------
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    smallest_crop = SmallestCrop(recipe.crop_scale[0], max(config.image_shape)) if recipe.reduced_decoding else None
+    smallest_crop = SmallestCrop(recipe.crop_scale[0], config.image_shape) if recipe.reduced_decoding else None
     images = PretrainingImages(
         source,
         transform,

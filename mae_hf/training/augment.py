@@ -4,6 +4,8 @@ Transforms draw from torch's default generator, which `Samples` sets for each sa
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor
+
+LONGEST_CROP = 4 / 3  # of torchvision's RandomResizedCrop
 
 
 def train_transform(image_shape: tuple[int, int], crop_scale: list[float], horizontal_flip: bool) -> "RandomCrop":
@@ -29,27 +33,55 @@ def train_transform(image_shape: tuple[int, int], crop_scale: list[float], horiz
     return RandomCrop(image_shape, crop_scale, horizontal_flip)
 
 
+def relative_aspects(image_shape: tuple[int, int], width: int, height: int) -> tuple[float, float]:
+    """The smallest and the largest aspect ratio, width / height, of a crop of an image: torchvision's 3/4 to 4/3.
+
+    That is for a square model, which sees images unstretched. A rectangular one sees the whole image stretched to its
+    shape when nothing is random, so that there the range is multiplied by the aspect ratio of the image: crops are
+    stretched as the whole image is, and by 3/4 to 4/3 more.
+
+    Args:
+        image_shape: (height, width) of the model's images.
+        width, height: of the image.
+    """
+    aspect = 1.0 if image_shape[0] == image_shape[1] else width / height
+    return aspect / LONGEST_CROP, aspect * LONGEST_CROP
+
+
 class RandomCrop:
     """torchvision's RandomResizedCrop and RandomHorizontalFlip, of which a PIL image becomes a tensor only in the crop.
 
     The same random numbers make the same pixels as with torchvision's transforms of the whole image as a tensor. It is
-    faster than those, which copy the image twice, and than those of a PIL image, which PIL resizes.
+    faster than those, which copy the image twice, and than those of a PIL image, which PIL resizes. The aspect ratio of
+    a crop: see `relative_aspects`.
     """
 
     def __init__(self, image_shape: tuple[int, int], crop_scale: list[float], horizontal_flip: bool) -> None:
-        self.image_shape, self.horizontal_flip = list(image_shape), horizontal_flip
-        self.crop = v2.RandomResizedCrop(image_shape, tuple(crop_scale))
+        self.image_shape, self.horizontal_flip = image_shape, horizontal_flip
+        self.crop_scale = tuple(crop_scale)
+
+    def box(self, image: Image.Image | Tensor) -> dict[str, int]:
+        """Draw a part of an image: its top, left, height and width."""
+        width, height = image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+        aspects = relative_aspects(self.image_shape, width, height)
+        return _random_crop(self.image_shape, self.crop_scale, aspects).make_params([image])
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        box = self.crop.make_params([image])
+        box = self.box(image)
         top, left, bottom, right = box["top"], box["left"], box["top"] + box["height"], box["left"] + box["width"]
         if isinstance(image, Image.Image):
             pixels, channels = _pixels(image.crop((left, top, right, bottom))), len(image.getbands())
         else:
             pixels, channels = image[:, top:bottom, left:right], len(image)
         bicubic = v2.InterpolationMode.BICUBIC
-        resized = v2.functional.resize(pixels, self.image_shape, bicubic, antialias=True)[:channels].contiguous()
+        resized = v2.functional.resize(pixels, list(self.image_shape), bicubic, antialias=True)
+        resized = resized[:channels].contiguous()
         return resized.flip(-1) if self.horizontal_flip and torch.rand(1) < 0.5 else resized
+
+
+@lru_cache
+def _random_crop(*arguments: Any) -> v2.RandomResizedCrop:
+    return v2.RandomResizedCrop(*arguments)
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -71,26 +103,29 @@ class SmallestCrop:
     """The smallest part of an image that `RandomCrop` may draw: how far an image can be reduced before it is cropped.
 
     crop_scale: its share of the image's area.
-    longer_side: of what it is resized to, in pixels.
+    image_shape: (height, width) of what it is resized to, in pixels.
     """
 
     crop_scale: float
-    longer_side: int
+    image_shape: tuple[int, int]
 
-    LONGEST = 4 / 3  # torchvision's range of aspect ratios is 3/4 to 4/3
-
-    def reduction(self, size: tuple[int, int]) -> int:
+    def reduction(self, width: int, height: int) -> int:
         """8, 4 or 2, if every crop of a reduced image of this size still has more pixels than it is resized to; or 1.
 
         Args:
-            size: the sides of the image, in any order.
+            width, height: of the image, upright.
         """
-        shorter = min((self.crop_scale * size[0] * size[1] / self.LONGEST) ** 0.5, *size)
-        return next((reduction for reduction in (8, 4, 2) if shorter >= reduction * self.longer_side), 1)
+        narrowest, widest = relative_aspects(self.image_shape, width, height)
+        area = self.crop_scale * width * height
+        crop_height, crop_width = min((area / widest) ** 0.5, height), min((area * narrowest) ** 0.5, width)
+        spare = min(crop_height / self.image_shape[0], crop_width / self.image_shape[1])
+        return next((reduction for reduction in (8, 4, 2) if spare >= reduction), 1)
 
 
 class RandomAugment(v2.RandAugment):
     """One operation of RandAugment at a magnitude that is drawn anew: timm's "rand-m9-mstd0.5-inc1" is two in a row.
+
+    The operations on colours leave a fourth channel, transparency, as it is.
 
     timm counts magnitudes to 10, torchvision in 31 steps, so that "9" there is 27 here (9 would be a third of it).
     Each operation is applied with probability 1/2, as there. torchvision has no Invert and no SolarizeAdd, and has an
@@ -103,6 +138,7 @@ class RandomAugment(v2.RandAugment):
     """
 
     STEPS = 31
+    MOVES = frozenset({"Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})  # no colour changes
 
     def __init__(self, magnitude: float, std: float, fill: list[float]) -> None:
         # Bilinear, the smoothest that torchvision has for rotating and shearing a tensor.
@@ -114,6 +150,12 @@ class RandomAugment(v2.RandAugment):
         drawn = self.mean + self.std * torch.randn(()).item()
         self.magnitude = round(min(max(drawn / 10, 0.0), 1.0) * (self.STEPS - 1))
         return super().forward(*inputs)
+
+    def _apply_image_or_video_transform(self, image: Tensor, transform_id: str, *how: Any, **also: Any) -> Tensor:
+        apply = super()._apply_image_or_video_transform
+        if len(image) == 4 and transform_id not in self.MOVES:
+            return torch.cat([apply(image[:3], transform_id, *how, **also), image[3:]])
+        return apply(image, transform_id, *how, **also)
 
 
 def finetune_transform(
@@ -167,7 +209,18 @@ def eval_transform(image_shape: tuple[int, int], center_crop: float) -> v2.Trans
     # A square model keeps the aspect ratio of the image; a rectangular one can't be told which side should overhang.
     size = [height] if height == width else [height, width]
     resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([v2.PILToTensor(), resize, v2.CenterCrop(list(image_shape))])
+    return v2.Compose([v2.PILToTensor(), resize, CenterCrop(image_shape)])
+
+
+class CenterCrop:
+    """The centre of (C, H, W), as transformers' processors cut it: if a row is over, torchvision may cut one later."""
+
+    def __init__(self, image_shape: tuple[int, int]) -> None:
+        self.height, self.width = image_shape
+
+    def __call__(self, image: Tensor) -> Tensor:
+        top, left = (image.shape[1] - self.height) // 2, (image.shape[2] - self.width) // 2
+        return image[:, top : top + self.height, left : left + self.width]
 
 
 def image_processor(

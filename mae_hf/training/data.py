@@ -71,7 +71,7 @@ def open_image(record: dict[str, Any], num_channels: int, smallest_crop: Smalles
             size = len(record["bytes"]) if record["bytes"] is not None else os.path.getsize(record["path"])
             if file.format == "JPEG" and shorter * longer > size * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
                 raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {size} bytes.")
-            if smallest_crop is not None and (reduction := smallest_crop.reduction(file.size)) > 1:
+            if smallest_crop is not None and (reduction := smallest_crop.reduction(*file.size)) > 1:
                 file.draft(None, (file.width // reduction, file.height // reduction))  # does nothing but to a JPEG
             image: Image.Image = file
             ImageOps.exif_transpose(image, in_place=True)

@@ -82,3 +82,17 @@ def test_finetune_transform__normalised_floats(channels: int) -> None:
     views = torch.stack([whole(image) for _ in range(20)])
     assert (views.shape, views.dtype) == ((20, channels, 16, 16), torch.float32)
     assert len({view.sum().item() for view in views}) > 1
+
+
+def test_finetune_transform__four_channels_and_transparency_keeps_its_values() -> None:
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (4, 24, 24), dtype=torch.uint8)
+    image[3] = 200
+    whole = finetune_transform((16, 16), [0.5, 1.0], True, 9, 0.5, 0.0, [0.0] * 3 + [200 / 255], [1 / 255] * 4)
+    views = torch.stack([whole(image) for _ in range(100)])
+    assert views.shape == (100, 4, 16, 16)
+    # A corner that a rotation leaves empty has the mean; torchvision blends that twice into the edge of the image.
+    assert (views[:, 3].abs() < 1).float().mean() > 0.95
+    assert views[:, 3].amax() < 1
+    plain = finetune_transform((16, 16), [1.0, 1.0], False, 0, 0.5, 0.0, [0.0] * 4, [1 / 255] * 4)(image)
+    assert (views[:, :3].mean((1, 2, 3)) - plain[:3].mean()).abs().max() > 20  # and colours do change

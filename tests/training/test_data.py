@@ -258,6 +258,15 @@ def test_image_processor__equals_the_eval_transform(shape: tuple[int, int], cent
     assert (ours - theirs).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("size", [(640, 427), (1920, 1080), (1080, 1920), (500, 375), (225, 224)])
+def test_image_processor__cuts_the_centre_where_the_eval_transform_does(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    ours = eval_transform((224, 224), 0.875)(Image.fromarray(noise))
+    processor = image_processor((224, 224), 0.875, [0.5] * 3, [0.5] * 3)
+    theirs = processor(Image.fromarray(noise), return_tensors="pt", do_normalize=False).pixel_values[0] * 255
+    assert (ours - theirs).abs().max() < 0.01
+
+
 def test_train_transform__crops_within_the_scale_and_flips_half() -> None:
     ramp = torch.arange(64, dtype=torch.uint8).expand(1, 64, 64).clone()  # brightness says the column
     transform = train_transform((64, 64), [0.2, 1.0], horizontal_flip=True)

@@ -73,10 +73,11 @@ FILES = {
 def test_crop__same_pixels_as_decode_convert_crop_resize(kind: str, num_channels: int) -> None:
     with Image.open(io.BytesIO(FILES[kind]["bytes"])) as file:
         whole = ImageOps.exif_transpose(file).convert({1: "L", 3: "RGB", 4: "RGBA"}[num_channels])
+    aspects = (3 / 4 * whole.width / whole.height, 4 / 3 * whole.width / whole.height)
     slow = v2.Compose(
         [
             v2.PILToTensor(),
-            v2.RandomResizedCrop((24, 16), (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomResizedCrop((24, 16), (0.2, 1.0), aspects, interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
         ]
     )
@@ -111,7 +112,7 @@ def test_crop__within_one_level_of_an_antialiased_bicubic_reference(size: tuple[
         torch.manual_seed(seed)
         ours = transform(image)
         torch.manual_seed(seed)
-        box = transform.crop.make_params([image])
+        box = transform.box(image)
         cut = image.crop((box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]))
         of_pil = v2.functional.pil_to_tensor(cut.resize((48, 64), Image.Resampling.BICUBIC))
         assert (ours.int() - of_pil.int()).abs().max() <= 1
@@ -132,8 +133,8 @@ def test_eval_transform__of_a_file_as_of_a_tensor() -> None:
 
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (1200, 900), (700, 500), (6000, 448), (225, 224)])
 def test_smallest_crop__no_crop_of_the_reduced_image_is_enlarged(size: tuple[int, int]) -> None:
-    smallest = SmallestCrop(0.2, 224)
-    reduction = smallest.reduction(size)
+    smallest = SmallestCrop(0.2, (224, 224))
+    reduction = smallest.reduction(*size)
     reduced = torch.empty(1, -(-size[1] // reduction), -(-size[0] // reduction), device="meta")
     crop = v2.RandomResizedCrop((224, 224), (0.2, 1.0))
     torch.manual_seed(0)
@@ -148,7 +149,7 @@ def test_smallest_crop__no_crop_of_the_reduced_image_is_enlarged(size: tuple[int
 def test_reduced_decoding__nearly_the_same_picture(kind: str, orientation: int) -> None:
     record = encode(picture(800, 600).convert(kind), exif=turned(orientation), quality=92)
     whole = open_image(record, 3)
-    reduced = open_image(record, 3, SmallestCrop(0.2, 50))
+    reduced = open_image(record, 3, SmallestCrop(0.2, (50, 50)))
     assert (reduced.size, reduced.mode) == (tuple(side // 4 for side in whole.size), "RGB")
     transform = eval_transform((50, 50), 1.0)
     difference = (transform(reduced).int() - transform(whole).int()).abs().float()
@@ -157,7 +158,10 @@ def test_reduced_decoding__nearly_the_same_picture(kind: str, orientation: int) 
 
 
 def test_reduced_decoding__leaves_small_images_and_other_formats() -> None:
-    for record, smallest in ((encode(picture(200, 200)), SmallestCrop(0.2, 50)), (FILES["PNG"], SmallestCrop(0.2, 4))):
+    for record, smallest in (
+        (encode(picture(200, 200)), SmallestCrop(0.2, (50, 50))),
+        (FILES["PNG"], SmallestCrop(0.2, (4, 4))),
+    ):
         whole = v2.functional.pil_to_tensor(open_image(record, 3))
         assert torch.equal(v2.functional.pil_to_tensor(open_image(record, 3, smallest)), whole)
 
@@ -165,7 +169,7 @@ def test_reduced_decoding__leaves_small_images_and_other_formats() -> None:
 def test_reduced_decoding__refuses_what_is_cut_off() -> None:
     whole = encode(picture(800, 600), quality=92)["bytes"]
     with pytest.raises(BadImageError, match=r"the_one\.jpg cannot be read as an image"):
-        open_image({"bytes": whole[:-5000], "path": "the_one.jpg"}, 3, SmallestCrop(0.2, 50))
+        open_image({"bytes": whole[:-5000], "path": "the_one.jpg"}, 3, SmallestCrop(0.2, (50, 50)))
 
 
 # --- several samples of one decoded image
