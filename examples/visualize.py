@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining
-from mae_hf.training.data import decode_image
+from mae_hf.training.decode import decode_image
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.sources import open_source
 

@@ -1,4 +1,4 @@
-"""From a source to batches: decide which image comes when, decode it, augment it.
+"""From a source to batches: decide which image comes when, have it decoded and augmented.
 
 Randomness belongs to the sample. The order of an epoch is a function of (seed, epoch); the crop, the flip and the mask
 noise of an image are functions of (seed, epoch, index of the image), and of the number of the repeat where an image is
@@ -6,94 +6,25 @@ seen several times in a row. Neither batch size, workers, processes nor an inter
 at step s needs to know s and nothing else.
 """
 
-import io
-import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from .augment import Mixing, SmallestCrop
+from .decode import PIL_MODES, BadImageError, open_image, printable
 from .sources import ImageSource, image_order, seed_of
 from .workers import Loader
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One image
-# ---------------------------------------------------------------------------------------------------------------------
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MOST_PIXELS = 100_000_000  # in an image; ten times that of a good camera, 300 MB decoded
-LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorter one to 256 would fill the memory
-
-
-MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
 SPARE_ROWS = 16
-
-
-class BadImageError(ValueError):
-    """An image that cannot be read, or should not be; the message names it."""
-
-
-def decode_image(record: dict[str, Any], num_channels: int) -> Tensor:
-    """An encoded image as the channels of the model: {"bytes", "path"} -> (C, H, W) uint8; see `open_image`."""
-    return v2.functional.pil_to_tensor(open_image(record, num_channels))
-
-
-def open_image(record: dict[str, Any], num_channels: int, smallest_crop: SmallestCrop | None = None) -> Image.Image:
-    """An encoded image, decoded, with the channels of the model: {"bytes", "path"} -> PIL image in L, RGB or RGBA.
-
-    The picture is turned upright as its EXIF data says. Transparency is dropped, as transformers' image pipelines do
-    it, so that training and later use see the same colours. 16-bit values keep their high byte. Of an animation, the
-    first picture counts.
-
-    Args:
-        record: the file's bytes, or its path where there are none.
-        num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        smallest_crop: decode a JPEG at 1/2, 1/4 or 1/8 of its size, if this crop of it has then pixels enough; libjpeg
-            then leaves out the high frequencies of each block, which is another filter than that of resizing.
-
-    Raises:
-        BadImageError: the image cannot be read, is too large, or is too long and thin.
-    """
-    path = record["path"] or "an image without a path"
-    try:
-        with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as file:
-            shorter, longer = sorted(file.size)
-            if shorter * longer > MOST_PIXELS or longer > LONGEST_SIDES * shorter:  # known before a pixel is decoded
-                raise ValueError(f"it says that it has {file.width}x{file.height} pixels.")
-            size = len(record["bytes"]) if record["bytes"] is not None else os.path.getsize(record["path"])
-            if file.format == "JPEG" and shorter * longer > size * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
-                raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {size} bytes.")
-            if smallest_crop is not None and (reduction := smallest_crop.reduction(*file.size)) > 1:
-                file.draft(None, (file.width // reduction, file.height // reduction))  # does nothing but to a JPEG
-            image: Image.Image = file
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):
-                image = _high_byte(image)
-            elif image.mode == "F":
-                raise ValueError("its pixels are floats, which have no known range.")
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            mode = PIL_MODES[num_channels]
-            return image if image.mode == mode else image.convert(mode)  # which would copy it all the same
-    except Exception as error:  # mutated files make PIL raise a dozen other errors than its own
-        raise BadImageError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
-
-
-def _high_byte(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image as an 8-bit one; PIL's own conversion would clip everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its pixels are 32-bit integers outside the range of 16 bits.")
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
+PADDING = -1  # the label of a sample that only fills up a batch, and the epoch in its key
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Order, samples, batches
@@ -103,7 +34,7 @@ def _high_byte(image: Image.Image) -> Image.Image:
 class SampleKey(NamedTuple):
     """Which image, in which pass over the images, and which of the samples that the pass makes of it.
 
-    A stream adds the image itself, still encoded: it cannot be asked for by index.
+    A stream adds the image itself, still encoded, for it cannot be asked for by index; and a "name" for it.
     """
 
     epoch: int
@@ -137,12 +68,10 @@ def _image_keys(source: ImageSource, seed: int, position: int, shuffle_buffer: i
                 yield SampleKey(epoch, index)
             epoch, offset = epoch + 1, 0
     else:
-        shuffled = source.images.shuffle(seed=seed_of(seed) % 2**32, buffer_size=shuffle_buffer)
         epoch, offset = 0, position
         while True:
-            shuffled.set_epoch(epoch)
             length = 0
-            for index, row in enumerate(shuffled):
+            for index, row in enumerate(_shuffled_stream(source.images, seed, epoch, shuffle_buffer)):
                 length += 1
                 if index >= offset:
                     yield SampleKey(epoch, index, row)
@@ -150,6 +79,35 @@ def _image_keys(source: ImageSource, seed: int, position: int, shuffle_buffer: i
                 epoch, offset = divmod(offset, length)
             else:
                 epoch, offset = epoch + 1, 0
+
+
+def _shuffled_stream(
+    images: datasets.IterableDataset, seed: int, epoch: int, shuffle_buffer: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, each with a "name", in an order that depends on the seed and the epoch alone.
+
+    Shards come in an order drawn anew, and each row out of a buffer that the next one of the stream fills up again. It
+    is written out here because an order of `datasets` may change with its version, in the middle of a run.
+    """
+    generator = random.Random(seed_of(seed, epoch))  # Python promises that its numbers stay the same
+    buffer: list[dict[str, Any]] = []
+    for row in _rows_of_shards(images, seed, epoch):
+        if len(buffer) < shuffle_buffer:
+            buffer.append(row)
+        else:
+            drawn = int(generator.random() * len(buffer))
+            yield buffer[drawn]
+            buffer[drawn] = row
+    while buffer:
+        drawn = int(generator.random() * len(buffer))
+        buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+        yield buffer.pop()
+
+
+def _rows_of_shards(images: datasets.IterableDataset, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
+    for shard in image_order(images.num_shards, seed, epoch).tolist():
+        for number, row in enumerate(images.shard(images.num_shards, shard)):
+            yield {**row, "name": f"image {number} of shard {shard}"}
 
 
 @dataclass(frozen=True)
@@ -223,6 +181,11 @@ def seed_sample(seed: int, key: SampleKey) -> None:
     torch.default_generator.manual_seed(seed_of(seed, max(key.epoch, 0), key.image_index, *later))
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """What an image is called: by its path, or by the "name" of the row."""
+    return printable((row["image"] or {}).get("path") or row["name"])
+
+
 class Opened(NamedTuple):
     """A row of the source, its image, decoded, and why they are not those that were asked for, or ""."""
 
@@ -276,7 +239,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             for key, row in zip(keys, self.rows(keys), strict=True):
                 opened = self.open(key, row)
                 seed_sample(self.seed, key)
-                samples.append({**self.sample(key, opened.row, opened.image), "problem": opened.problem})
+                problem = "" if key.epoch == PADDING else opened.problem
+                samples.append({**self.sample(key, opened.row, opened.image), "problem": problem})
         return samples
 
     def rows(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
@@ -298,7 +262,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
     def open_anew(self, key: SampleKey, row: dict[str, Any]) -> Opened:
         """The image of a row, decoded, or another in its place."""
         try:
-            return Opened(row, self.decode(row))
+            return Opened(row, self.decode({"name": f"image {key.image_index}", **row}))
         except BadImageError as error:
             return Opened(*self.substitute(key), str(error))
 
@@ -308,7 +272,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         Raises:
             BadImageError: see `open_image`.
         """
-        return open_image(row["image"], self.num_channels, self.smallest_crop)
+        return open_image(row["image"], self.num_channels, self.smallest_crop, name_of(row))
 
     def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Image.Image]:
         """Another image in place of one that cannot be read, a function of (seed, epoch, index) like the sample itself.
@@ -321,15 +285,13 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         """
         for attempt in range(10):
             number = seed_of(self.seed, key.epoch, key.image_index, attempt)
-            if self.source.is_stream:
-                row = self.spare_rows[number % len(self.spare_rows)]
-            else:
-                row = self.source.images[number % len(self.source.images)]
+            rows = self.spare_rows if self.source.is_stream else self.source.images
+            index = number % len(rows)
             try:
-                return row, self.decode(row)
+                return rows[index], self.decode({"name": f"image {index}", **rows[index]})
             except BadImageError as error:
                 last = error
-        raise BadImageError(f"Most images of {self.source.name} cannot be read, for instance: {last}") from last
+        raise BadImageError(f"Most images of {self.source.name} cannot be used, for instance: {last}") from last
 
     def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
         """What the model gets of a decoded image; what is random here belongs to the sample.
@@ -365,9 +327,6 @@ class PretrainingImages(Samples):
         return {"pixel_values": self.transform(image), "noise": noise}
 
 
-PADDING = -1  # the label of a sample that only fills up a batch, and the epoch in its key
-
-
 class LabelledImages(Samples):
     """Images with labels: pixel_values (C, H, W), label () int64, and with `mixing` what it draws for each sample."""
 
@@ -377,9 +336,18 @@ class LabelledImages(Samples):
         super().__init__(source, transform, num_channels, seed)
         self.mixing = mixing
 
+    def decode(self, row: dict[str, Any]) -> Image.Image:
+        """As for all samples; and a label that is missing or no class is refused like an image that cannot be read."""
+        label, classes = row["label"], len(self.source.label_names or [])
+        if not isinstance(label, int | float) or label not in range(classes):
+            raise BadImageError(
+                f"{name_of(row)} has the label {label!r}, but the classes are the numbers 0 to {classes - 1}."
+            )
+        return super().decode(row)
+
     def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
         label = PADDING if key.epoch == PADDING else row["label"]
-        sample = {"pixel_values": self.transform(image), "label": torch.tensor(label)}
+        sample = {"pixel_values": self.transform(image), "label": torch.tensor(int(label))}
         if self.mixing is not None:
             height, width = sample["pixel_values"].shape[1:]
             sample["mix"] = self.mixing.draw(height, width)
@@ -436,7 +404,7 @@ def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer
     names = []
     for key in islice(keys, schedule.total_batch_size):
         row = key.row if key.row is not None else images.source.images[key.image_index]
-        names.append(row["image"]["path"] or f"image {key.image_index}")
+        names.append(name_of({"name": f"image {key.image_index}", **row}))
     return names
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data import PIL_MODES
+from .decode import PIL_MODES
 from .metrics import ClassificationMetrics
 from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
 

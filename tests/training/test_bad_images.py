@@ -1,25 +1,34 @@
 """Images that nobody has looked at: each is decoded right or refused, never a crash or a wrong picture."""
 
 import io
+import os
 import struct
+import tracemalloc
 import zlib
+from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from mae_hf.training.augment import eval_transform, train_transform
 from mae_hf.training.data import (
     PADDING,
-    BadImageError,
     JudgingImages,
+    LabelledImages,
     PretrainingImages,
     SampleKey,
-    decode_image,
     evaluation_batches,
+    make_schedule,
+    names_of_step,
+    sample_keys,
 )
+from mae_hf.training.decode import BadImageError, decode_image
 from mae_hf.training.sources import open_source
 
 RED = Image.new("RGB", (30, 20), (200, 20, 40))
@@ -60,6 +69,27 @@ def png_with_text(length: int) -> bytes:
     return save(RED, "PNG", pnginfo=info)
 
 
+def rows_of(image: Image.Image, interlaced: bool = False) -> list[bytes]:
+    """The rows of an RGB image as a PNG has them, each behind its filter's byte; interlaced, those of seven passes."""
+    pixels = np.asarray(image)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = [pixels[row::down, column::across] for row, column, down, across in passes] if interlaced else [pixels]
+    return [b"\0" + row.tobytes() for part in parts for row in part if row.size]
+
+
+def png_of(rows: list[bytes], interlaced: bool = False) -> bytes:
+    """A PNG of 30x20 pixels that ends as it should, with these rows."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 20, 8, 2, 0, 0, int(interlaced)))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG, its last scan again and again."""
+    content = save(RED, "JPEG", quality=95, progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (count - content.count(b"\xff\xda") + 1) + content[-2:]
+
+
 REFUSED = {
     "zero bytes": b"",
     "text named .jpg": b"this is no image",
@@ -71,6 +101,10 @@ REFUSED = {
     "float TIFF": save(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"),
     "JPEG that says it is larger": jpeg_with_another_size(3000, 2000),
     "gigantic compressed text": png_with_text(3_000_000),
+    "PNG without its lower half": png_of(rows_of(RED)[:10]),
+    "PNG without its last row": png_of(rows_of(RED)[:-1]),
+    "interlaced PNG without its last pass": png_of(rows_of(RED, interlaced=True)[:-10], interlaced=True),
+    "JPEG of a thousand scans": jpeg_of_scans(1000),
     "32-bit integers": save(Image.fromarray(np.full((4, 4), 10**6, dtype=np.int32)), "TIFF"),
 }
 
@@ -87,6 +121,9 @@ DECODED = {
     "animated WebP": save(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:], lossless=True),
     "CMYK JPEG": save(RED.convert("CMYK"), "JPEG", quality=95),
     "palette with transparency": save(RED.convert("P"), "PNG", transparency=bytes([0, 128, 255])),
+    "PNG": png_of(rows_of(RED)),
+    "interlaced PNG": png_of(rows_of(RED, interlaced=True), interlaced=True),
+    "JPEG of twenty scans": jpeg_of_scans(20),
     "long EXIF": save(RED, "JPEG", quality=95, comment=b"x" * 60_000),
 }
 
@@ -97,6 +134,47 @@ def test_decoded_right(kind: str) -> None:
     assert image.shape == (3, 20, 30)
     # A palette of 216 colours, and CMYK, move the colour a little; a lost or swapped channel moves it by over 100.
     assert (image.float().mean((1, 2)) - torch.tensor([200.0, 20, 40])).abs().max() < 30
+
+
+def test_black_rows__are_no_missing_rows() -> None:
+    for image in (Image.new("RGB", (30, 20)), Image.new("1", (31, 5)), Image.new("I;16", (3, 200)), FRAMES[1]):
+        image.paste(0, (0, image.height // 2, image.width, image.height))
+        assert not decode_image(record(save(image, "PNG")), 3)[:, -1].any()
+    for interlaced in (False, True):
+        black = png_of(rows_of(Image.new("RGB", (30, 20)), interlaced), interlaced)
+        assert not decode_image(record(black), 3).any()
+
+
+def test_eps__runs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ghostscript(*arguments: object, **more: object) -> None:
+        pytest.fail("Ghostscript was run")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    with pytest.raises(BadImageError, match=r"photos/the_one\.jpg cannot be read as an image"):
+        decode_image(record(save(RED, "EPS")), 3)
+
+
+def test_sixteen_bit__takes_little_more_memory_than_its_pixels() -> None:
+    content = save(Image.new("I;16", (3000, 2000)), "PNG")
+    tracemalloc.start()
+    decode_image(record(content), 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 3000 * 2000, "bytes; a copy of them as int64 would be that"
+
+
+@pytest.mark.parametrize("path", ["photos/\x1b[31mred\n.jpg", "caf\udce9.jpg"])
+def test_problem__steers_no_terminal(path: str) -> None:
+    with pytest.raises(BadImageError) as refused:
+        decode_image({"bytes": b"", "path": path}, 3)
+    assert str(refused.value).isprintable()
+    assert Path(path).suffix in str(refused.value)
+
+
+def test_pipe__is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadImageError, match="is no file"):
+        decode_image({"bytes": None, "path": str(tmp_path / "pipe.png")}, 3)
 
 
 def test_one_pixel__is_an_image() -> None:
@@ -190,3 +268,47 @@ def test_judging__leaves_a_bad_image_out_of_the_count(folder: Path) -> None:
     images = JudgingImages(source, eval_transform((8, 8), 1.0), 1, seed=0)
     labels = torch.cat([batch["label"] for batch in evaluation_batches(images, 4, 0, 1, 0)])
     assert (labels != PADDING).sum() == 18
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing__is_a_bad_image_like_others(streaming: bool, tmp_path: Path) -> None:
+    rows = [{"bytes": save(RED, "PNG"), "path": None} for _ in range(8)]
+    rows[3] = None
+    rows[5] = None if streaming else {"bytes": None, "path": None}  # which `datasets` refuses itself as a stream
+    file = {"bytes": pa.binary(), "path": pa.string()}
+    schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+    table = pa.Table.from_arrays([pa.array(rows, pa.struct(file))], schema=schema)
+    pq.write_table(table, tmp_path / "null.parquet")
+    source = open_source(str(tmp_path / "null.parquet"), streaming=streaming)
+    images = PretrainingImages(source, eval_transform((8, 8), 1.0), 3, num_patches=4, seed=0)
+    for key in islice(sample_keys(source, seed=0, position=0, shuffle_buffer=3), 16):
+        sample = images[key]
+        number = key.row["name"].split()[1] if streaming else str(key.image_index)
+        assert (sample["problem"] != "") == (number in "35")
+        assert sample["problem"] == "" or sample["problem"].startswith(f"image {number}")
+        assert sample["pixel_values"][0].float().mean() > 190
+    schedule = make_schedule(source, 1, 8, 8, 1, images_per_epoch=8)
+    assert sum(name.startswith(("image 3", "image 5")) for name in names_of_step(images, schedule, 1, 3)) == 2
+
+
+LABELS = {"missing": None, "negative": -1, "beyond the classes": 2, "not a number": float("nan"), "a word": "1"}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_label__that_is_no_class_is_a_bad_image(kind: str, tmp_path: Path) -> None:
+    labels: list = [0, 1, LABELS[kind], 0]
+    labels = [str(label) for label in labels] if kind == "a word" else labels
+    table = datasets.Dataset.from_dict({"image": [{"bytes": save(RED, "PNG"), "path": None}] * 4, "label": labels})
+    table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "labels.parquet")
+    source = open_source(str(tmp_path / "labels.parquet"), streaming=True, labelled=True, num_labels=2)
+    images = LabelledImages(source, eval_transform((8, 8), 1.0), 3, seed=0)
+    judges = JudgingImages(source, eval_transform((8, 8), 1.0), 3, seed=0)
+    if kind == "a word":
+        with pytest.raises(BadImageError, match=r"label '.', but the classes are the numbers 0 to 1"):
+            images.first(4)
+        return
+    samples = images.first(4)
+    assert [sample["problem"] != "" for sample in samples] == [False, False, True, False]
+    assert samples[2]["label"] in (0, 1), "another image in its place"
+    (batch,) = evaluation_batches(judges, 4, 0, 1, 0)
+    assert batch["label"].tolist() == [0, 1, PADDING, 0]

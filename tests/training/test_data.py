@@ -22,11 +22,11 @@ from mae_hf.training.data import (
     PretrainingImages,
     SampleKey,
     batches,
-    decode_image,
     evaluation_batches,
     make_schedule,
     sample_keys,
 )
+from mae_hf.training.decode import decode_image
 from mae_hf.training.sources import few_labels, hold_out, image_order, open_source
 
 
@@ -313,6 +313,13 @@ def test_sample_keys__from_a_position_is_the_rest_of_the_whole(streaming: bool, 
         assert len({tuple(which(key.row["image"]) for key in whole[6 * e : 6 * e + 6]) for e in range(4)}) > 1
     rest = list(islice(sample_keys(source, seed=3, position=position, shuffle_buffer=4), 24 - position))
     assert rest == whole[position:]
+
+
+def test_stream__order_is_no_librarys_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(write_shards(tmp_path / "shards"), streaming=True)
+    monkeypatch.delattr(datasets.IterableDataset, "shuffle")
+    order = [which(key.row["image"]) for key in islice(sample_keys(source, 3, 0, shuffle_buffer=4), 18)]
+    assert order == [1, 2, 4, 5, 3, 0, 1, 0, 5, 3, 4, 2, 3, 0, 2, 5, 1, 4]
 
 
 def pretraining_images(source) -> PretrainingImages:

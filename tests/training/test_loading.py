@@ -13,16 +13,14 @@ from torchvision.transforms import v2
 
 from mae_hf.training.augment import SmallestCrop, eval_transform, train_transform
 from mae_hf.training.data import (
-    BadImageError,
     PretrainingImages,
     SampleKey,
     batches,
-    decode_image,
     make_schedule,
     names_of_step,
-    open_image,
     sample_keys,
 )
+from mae_hf.training.decode import BadImageError, decode_image, open_image
 from mae_hf.training.sources import ImageSource, open_source
 
 
