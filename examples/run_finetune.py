@@ -136,7 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.num_processes,
             recipe.num_workers,
         )
-        return classification_metrics(*predict(judged, stop.heeded(loader), normalize, accelerator))
+        most = recipe.max_skipped_images
+        return classification_metrics(*predict(judged, stop.heeded(loader), normalize, accelerator, most))
 
     def report(metrics: ClassificationMetrics) -> None:
         """Write results.json and, where matplotlib is there, the confusion matrix as a picture."""

@@ -177,7 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         """What the function says of the images as they are judged, without anything random; and their labels."""
         fixed = JudgingImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
-            return extract_features(function, fixed, recipe.per_device_batch_size, recipe.num_workers, stop.heeded)
+            loading = (recipe.per_device_batch_size, recipe.num_workers, stop.heeded, recipe.max_skipped_images)
+            return extract_features(function, fixed, *loading)
 
     started = time.perf_counter()
     if not recipe.augment:

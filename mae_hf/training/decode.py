@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -67,7 +67,7 @@ def open_image(
     Raises:
         BadImageError: the image is missing, cannot be read, is too large, or is too long and thin.
     """
-    record = record or {"bytes": None, "path": None}
+    record, content = record or {"bytes": None, "path": None}, b""
     try:
         content = _content(record)
         with Image.open(io.BytesIO(content), formats=_formats()) as file:
@@ -92,6 +92,8 @@ def open_image(
             return image if image.mode == mode else image.convert(mode)  # which would copy it all the same
     except Exception as error:  # mutated files make PIL raise a dozen other errors than its own
         reason = printable(str(error) or type(error).__name__)
+        if isinstance(error, UnidentifiedImageError):  # its text names an object by its address
+            reason = "its bytes begin like no format of images." if content else "it is empty."
         raise BadImageError(f"{printable(record['path'] or name)} cannot be read as an image: {reason}") from error
 
 

@@ -64,6 +64,7 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     heeded: Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]] = iter,
+    max_skipped_images: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     """The features of all images, which under Accelerate the processes divide among themselves.
 
@@ -73,6 +74,7 @@ def extract_features(
         batch_size: images that one process handles at once.
         num_workers: processes that load images, for each training process.
         heeded: of a `StopSignal`, where signals are to be heeded meanwhile.
+        max_skipped_images: see `apply_to_images`.
 
     Returns:
         Features (M, D) or (M, 1 + N, D) float32 and labels (M,) int64, on the CPU of every process, in the order of the
@@ -80,7 +82,7 @@ def extract_features(
     """
     state = PartialState()
     batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
-    return apply_to_images(encode, heeded(batches))
+    return apply_to_images(encode, heeded(batches), max_skipped_images)
 
 
 def encode_images(

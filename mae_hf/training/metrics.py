@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import Normalize
 from .data import PADDING
+from .skipped import FIRST_NAMED, most_skipped
 
 
 @dataclass(frozen=True)
@@ -67,32 +69,58 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
 
 @torch.no_grad()
 def apply_to_images(
-    function: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Tensor]]
+    function: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], max_skipped_images: float = 0.01
 ) -> tuple[Tensor, Tensor]:
     """What a function says of every image of `evaluation_batches`: pixel_values (B, C, H, W) -> (B, ...).
+
+    Images that cannot be used are left out, which is said with their number and the first of them.
+
+    Args:
+        function: of the pixels.
+        batches: of this process.
+        max_skipped_images: share of the images that may be left out, but at least one, unless it is 0.
 
     Returns:
         The results (M, ...) float32 and the labels (M,) int64, on the CPU of every process: each image once, in the
         order of the source, however many processes there are. What only fills up a batch is left out.
+
+    Raises:
+        ValueError: more images have to be left out than may be.
     """
-    results, labels = [], []
+    results, labels, problems = [], [], []
     for batch in batches:
         result = gather(function(batch["pixel_values"]).float())
         label = gather(batch["label"].to(result.device))
         real = label != PADDING
         results.append(result[real].cpu())
         labels.append(label[real].cpu())
+        problems += [problem for problem in batch.get("problem", ()) if problem]
+    problems = sorted(gather_object(problems))
+    of = sum(map(len, labels)) + len(problems)
+    if problems:
+        first = "; ".join(problems[:FIRST_NAMED])
+        sentence = f"{len(problems)} of {of:,} images to evaluate on cannot be used: {first}"
+        if len(problems) > most_skipped(max_skipped_images, of):
+            raise ValueError(
+                f"{sentence}\nThat is more than the share of {max_skipped_images:g} that max_skipped_images allows: "
+                f"mend or remove them, or allow more."
+            )
+        PartialState().print(f"left out  {sentence}")
     return torch.cat(results), torch.cat(labels)
 
 
 def predict(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], normalize: Normalize, accelerator: Accelerator
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    normalize: Normalize,
+    accelerator: Accelerator,
+    max_skipped_images: float,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`, the same on every process."""
+    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`; see `apply_to_images`."""
     was_training = model.training
     model.eval()
     with accelerator.autocast():
-        logits, labels = apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches)
+        logits, labels = apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches, max_skipped_images)
     model.train(was_training)
     return logits, labels
 

@@ -92,7 +92,9 @@ class Recipe:
     save_every: int = setting(1000, "optimizer steps between two checkpoints; there is always one at the end")
     keep_checkpoints: int = setting(2, "how many checkpoints stay on disk")
     max_skipped_images: float = setting(
-        0.01, "share of the images that may be unreadable, and are replaced by others, before the run stops"
+        0.01,
+        "share of the images, but at least one, that may be unreadable, and are replaced by others, or in the "
+        "evaluation set left out; a run that meets more of them stops, and at 0 at the first",
     )
     process_timeout: int = setting(1800, "seconds after which a process that others wait for counts as lost")
     report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")

@@ -1,4 +1,4 @@
-"""What a run has left out, counted over all processes: images that cannot be read, steps whose loss is not finite."""
+"""What a run has left out, counted over all processes: images that cannot be used, steps whose loss is not finite."""
 
 import json
 from collections.abc import Callable
@@ -12,15 +12,20 @@ from .run import RunFolder
 FIRST_NAMED = 5
 
 
+def most_skipped(share: float, of: int) -> float:
+    """How many of the images may be left out: the share of them that `max_skipped_images` names, but one at least."""
+    return max(1.0, share * of) if share else 0.0
+
+
 class Skipped:
-    """Images that could not be read: listed in the run folder, the first ones named, and too many of them refused.
+    """Images that cannot be used: each listed once in the run folder, the first ones named, and too many refused.
 
     Each process notes what it meets; `gather` brings it together, at the log steps, where the processes meet anyway.
 
     Args:
         folder: has skipped.jsonl, with what an interrupted run has left out before.
         images_per_epoch: what the share refers to, until more images than that have been seen.
-        largest_share: of the images seen; above it the run stops.
+        largest_share: of the images seen; see `most_skipped`.
         accelerator: of the run.
         say: prints a line.
     """
@@ -36,7 +41,7 @@ class Skipped:
         self.folder, self.images_per_epoch, self.largest_share = folder, images_per_epoch, largest_share
         self.accelerator, self.say = accelerator, say
         before = folder.skipped_records()
-        self.count = sum("image" in record for record in before)
+        self.images = {record["image"] for record in before if "image" in record}
         self.steps = sum("image" not in record for record in before)
         self.noted: list[dict[str, Any]] = []
 
@@ -51,27 +56,30 @@ class Skipped:
             images_seen: since the beginning of the run, over all processes.
 
         Raises:
-            ValueError: too many images cannot be read.
+            ValueError: too many images cannot be used.
         """
-        found = sorted(gather_object(self.noted), key=lambda record: (record["step"], record["image"]))
+        found = []
+        for record in sorted(gather_object(self.noted), key=lambda record: (record["step"], record["image"])):
+            if record["image"] not in self.images:  # it comes again in every epoch
+                self.images.add(record["image"])
+                found.append(record)
         self.noted = []
         if not found:
             return
-        for number, record in enumerate(found, start=self.count + 1):
+        for number, record in enumerate(found, start=len(self.images) - len(found) + 1):
             if number <= FIRST_NAMED:
                 self.say(f"skipped   {record['image']}")
             elif number == FIRST_NAMED + 1:
                 self.say(f"skipped   more of them are listed in {self.folder.skipped}")
-        self.count += len(found)
         if self.accelerator.is_main_process:
             with self.folder.skipped.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in found)
         of = max(images_seen, self.images_per_epoch)
-        if self.count > self.largest_share * of:
+        if len(self.images) > most_skipped(self.largest_share, of):
             raise ValueError(
-                f"{self.count} of {of:,} images cannot be read, more than the share of {self.largest_share:g} that "
-                f"max_skipped_images allows. They are listed in {self.folder.skipped}: mend or remove them, or allow "
-                f"more."
+                f"{len(self.images)} of {of:,} images cannot be used, more than the share of {self.largest_share:g} "
+                f"that max_skipped_images allows. They are listed in {self.folder.skipped}: mend or remove them, or "
+                f"allow more."
             )
 
     def leave_out_step(self, step: int, most: int) -> None:
