@@ -6,12 +6,14 @@ Shapes, here and in comments at the end of lines:
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -32,6 +34,14 @@ from .patches import (
     sincos_position_table,
     unpatchify,
 )
+
+# What each Auto class makes of a checkpoint of any of the three, with trust_remote_code and without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mae.MAEConfig",
+    "AutoModel": "modeling_mae.MAEModel",
+    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
+    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
+}
 
 
 @dataclass
@@ -323,13 +333,41 @@ class MAEPreTrainedModel(PreTrainedModel):
         model._freeze_position_tables()
         return (model, loading_info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, but with the keys of this model, under whichever keys it was loaded.
+    def save_pretrained(  # type: ignore[override]  # the other arguments are in kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as transformers does, whatever wraps the model, with code for every Auto class.
 
-        By default transformers would undo the renaming of `from_pretrained`, and a configuration of ours would come
-        with the keys of a ViTMAE.
+        The keys are those of this model, under whichever keys it was loaded: by default transformers would undo the
+        renaming of `from_pretrained`, and a configuration of ours would come with the keys of a ViTMAE. The names that
+        torch.compile and DistributedDataParallel put into keys are taken out.
+
+        Raises:
+            ValueError: the weights are sharded over processes, and no `state_dict` of whole ones is given.
         """
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+        weights = self.state_dict() if state_dict is None else state_dict
+        of_transformers = kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None)
+        if not of_transformers and any(isinstance(weight, DTensor) for weight in weights.values()):
+            raise ValueError(
+                "The weights are sharded over processes: pass state_dict=accelerator.get_state_dict(model), which "
+                "every process has to call."
+            )
+        weights = {name.replace("_orig_mod.", "").removeprefix("module."): w for name, w in weights.items()}
+        sharded_class = type(self)
+        own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
+        if own_class.__module__ == __name__:
+            self.config.auto_map = dict(AUTO_MAP)
+        # torch's fully_shard gives a module a class of its own, whose name and code transformers would save.
+        self.__class__ = own_class
+        try:
+            kwargs.setdefault("save_original_format", False)
+            super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
+        finally:
+            self.__class__ = sharded_class
 
     @staticmethod
     def _load_pretrained_model(
@@ -778,7 +816,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         return self.loss_function(labels, logits, self.config)
 
 
-# A checkpoint of one of these carries its code, see __init__.py.
+# A checkpoint of one of these carries its code, see __init__.py, and names a class for each of AUTO_MAP.
 MAEModel.register_for_auto_class("AutoModel")
 MAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 MAEForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/fsdp_steps.py FOLDER
 
-Writes the losses and, gathered, the model as `save_pretrained` does. test_sharding.py compares them with one process.
+Writes the losses and, gathered, the model as `save_pretrained` does, after it has tried that with what is sharded.
+test_sharding.py compares them with one process.
 """
 
 import json
@@ -46,6 +47,10 @@ def main(folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     losses = steps(model, rank, num_processes)
     distributed.all_reduce(losses)
+    try:
+        model.save_pretrained(folder / "sharded")
+    except ValueError as error:
+        print(error, file=sys.stderr)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)

@@ -48,3 +48,29 @@ def test_fully_shard__same_losses_and_a_plain_model(tmp_path: Path) -> None:
     assert gathered.keys() == whole.keys()
     assert max((gathered[name] - whole[name]).abs().max() for name in whole) < 1e-5
     MAEForPreTraining.from_pretrained(tmp_path)
+    # The code and the names of a model that was never sharded.
+    model.save_pretrained(tmp_path / "plain")
+    saved, plain = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "plain"))
+    assert saved == plain
+    assert plain["auto_map"]["AutoModelForPreTraining"] == "modeling_mae.MAEForPreTraining"
+    code = [{path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in (tmp_path, tmp_path / "plain")]
+    assert code[0] == code[1]
+    assert "sharded over processes: pass state_dict=accelerator.get_state_dict(model)" in done.stderr
+    assert not (tmp_path / "sharded").exists()
+
+
+@pytest.mark.parametrize("wrapped", ["torch.compile", "of its blocks", "DataParallel"])
+def test_save_pretrained__plain_keys_of_a_wrapped_model(wrapped: str, tmp_path: Path) -> None:
+    model = MAEForPreTraining(tiny_config())
+    names = set(model.state_dict())
+    wrapper: torch.nn.Module = model
+    if wrapped == "torch.compile":
+        wrapper = torch.compile(model, backend="eager")
+    elif wrapped == "of its blocks":
+        model.vit.layers[1] = torch.compile(model.vit.layers[1], backend="eager")
+    else:
+        wrapper = torch.nn.DataParallel(model)
+    model.save_pretrained(tmp_path, state_dict=wrapper.state_dict())
+    assert set(load_file(tmp_path / "model.safetensors")) == names
+    _, info = MAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
