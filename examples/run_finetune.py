@@ -40,6 +40,7 @@ from mae_hf.training.optim import freeze, layerwise_groups, lr_at
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
 from mae_hf.training.recipe import FinetuneRecipe, parse_recipe
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
 
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    check_sharding(accelerator, recipe.ema_decay, recipe.max_skipped_steps)
     stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
@@ -171,7 +173,6 @@ def main(arguments: list[str] | None = None) -> None:
             f"an even per_device_batch_size, or --mixup 0 --cutmix 0."
         )
     total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
-    accelerator.gradient_accumulation_steps = schedule.rounds
 
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)
@@ -184,8 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.ema_decay is not None:
         average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
         accelerator.register_for_checkpointing(average)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model)
+    model, optimizer, bare_model = prepare(accelerator, model, optimizer, schedule, recipe.max_grad_norm)
     judged_model = bare_model if average is None else average.module
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def save_model(path: Path) -> None:
         """What others load; every process takes part, because a sharded model needs them all."""
-        state = judged_model.state_dict() if average is not None else accelerator.get_state_dict(model)
+        state = accelerator.get_state_dict(judged_model)
         judged_model.save_pretrained(path, state_dict=state, is_main_process=accelerator.is_main_process)
         if accelerator.is_main_process:
             processor.save_pretrained(path)

@@ -44,6 +44,7 @@ from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
 from mae_hf.training.recipe import ProbeRecipe, parse_recipe
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.sharding import bare, check_whole
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 
@@ -106,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    check_whole(accelerator)
     stop = StopSignal(accelerator, recipe.process_timeout)
     say, device = accelerator.print, accelerator.device
 
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     probes = build_probes(recipe, config.hidden_size, len(label_names))
     optimizer = build_optimizer(recipe, probes)
     probes, optimizer = accelerator.prepare(probes, optimizer)
-    bare_probes = accelerator.unwrap_model(probes)
+    bare_probes = bare(accelerator, probes)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Say what is about to happen; resume if the folder has a checkpoint

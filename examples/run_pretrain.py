@@ -29,6 +29,7 @@ from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
     check_launcher(accelerator.num_processes)
+    check_sharding(accelerator, max_skipped_steps=recipe.max_skipped_steps)
     stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
@@ -98,15 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
         recipe.images_per_epoch,
     )
     total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
-    accelerator.gradient_accumulation_steps = schedule.rounds
 
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
     if recipe.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model)
+    model, optimizer, bare_model = prepare(accelerator, model, optimizer, schedule, recipe.max_grad_norm)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Say what is about to happen; resume if the folder has a checkpoint
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         """Write what others load into the run folder: picture, model, processor and card; every process takes part."""
         save_reconstructions(folder.path / "reconstruction.png")
         bare_model.save_pretrained(
-            folder.path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
+            folder.path, state_dict=accelerator.get_state_dict(bare_model), is_main_process=accelerator.is_main_process
         )
         if accelerator.is_main_process:
             processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)

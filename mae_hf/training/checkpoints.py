@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import save_accelerator_state
-from accelerate.utils import DistributedType, recursively_apply
+from accelerate.utils import recursively_apply
 from safetensors.torch import save_file
 
 from .files import flush
+from .sharding import SHARDED, bare
 
 CHECKSUMS = "checksums.json"
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # One thread that writes checkpoints; the interpreter waits for it before it ends. It must compute nothing with torch: a
 # second pool of OpenMP threads outnumbers the cores, and makes every later step 1.4 times as slow on a CPU.
 WRITER = ThreadPoolExecutor(1, "checkpoint")
@@ -95,8 +95,8 @@ class Checkpoints:
                 else:
                     torch.save(state, aside / name)
             (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
-            for file in aside.iterdir():
-                flush(file)
+            for path in aside.rglob("*"):
+                flush(path)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
         flush(self.path)
@@ -147,7 +147,7 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return 0, []
-        accelerator.load_state(str(newest))
+        _load_state(accelerator, newest)
         # The counter of micro-batches of which `accelerate` makes steps: with another number of rounds it would not
         # begin with a step.
         accelerator.step = 0
@@ -178,11 +178,22 @@ def _written_or_copied(accelerator: Accelerator, folder: Path) -> dict[str, Any]
         return {}
     (model,), (optimizer,) = accelerator._models, accelerator._optimizers
     states = {
-        "model.safetensors": accelerator.get_state_dict(model, unwrap=False),
+        "model.safetensors": accelerator.get_state_dict(bare(accelerator, model)),
         "optimizer.bin": optimizer.state_dict(),
         **{f"custom_checkpoint_{i}.pkl": other.state_dict() for i, other in enumerate(accelerator._custom_objects)},
     }
     return copied_to_host(states)
+
+
+def _load_state(accelerator: Accelerator, checkpoint: Path) -> None:
+    """`Accelerator.load_state` by the names of the bare model, which do not depend on what a launcher wraps it in."""
+
+    def unwrap(models: list[torch.nn.Module], folder: str) -> None:
+        models[:] = [bare(accelerator, model) for model in models]
+
+    hook = accelerator.register_load_state_pre_hook(unwrap)
+    accelerator.load_state(str(checkpoint))
+    hook.remove()
 
 
 def copied_to_host(states: dict[str, Any]) -> dict[str, Any]:
@@ -191,11 +202,12 @@ def copied_to_host(states: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file."""
+    """The SHA-256 of every file, by its path inside the folder: a sharded model is a folder of its own in there."""
     sums = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 
