@@ -42,7 +42,9 @@ def pixels(arguments: list[str]) -> None:
     """The probe of the recipe on the normalised pixels in place of the features of its checkpoint."""
     recipe = parse_recipe(ProbeRecipe, arguments, RECIPES)
     config = recipe.checkpoint_config(may_differ=("image_size", "pooling"))
-    normalize = Normalize(*checkpoint_normalisation(recipe.model_name_or_path), torch.device("cpu"))
+    normalize = Normalize(
+        *checkpoint_normalisation(recipe.model_name_or_path, config.num_channels), torch.device("cpu")
+    )
     view = eval_transform(config.image_shape, recipe.center_crop)
 
     def features(source: ImageSource) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,7 @@ class BareStep:
         self.device = PartialState().device
         self.precision = recipe.mixed_precision or best_precision()
         self.model = run_pretrain.build_model(recipe).to(self.device).train()
+        recipe = recipe.resolved(self.model.config, self.precision or "no")
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=1e-4, fused=True)
         self.normalize = Normalize(recipe.image_mean, recipe.image_std, self.device)
 

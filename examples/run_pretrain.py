@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(recipe)
     config = model.config
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    recipe = folder.recipe
 
     schedule = make_schedule(
         source,
@@ -132,12 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
         folder.start()
     hub = None
     if recipe.push_to_hub:
-        shared = shareable_recipe(folder.recipe, source.name)
+        shared = shareable_recipe(recipe, source.name)
         hub = HubPush(folder.path, recipe.hub_model_id, shared, recipe.hub_private_repo, recipe.hub_revision, say)
         if accelerator.is_main_process:
             hub.prepare()
     if trackers is not None:
-        start_trackers(accelerator, folder.recipe)
+        start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
     first_step, earlier_losses = folder.resume(accelerator)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
             processor.save_pretrained(folder.path)
-            write_pretraining_card(folder.path, CARD_TEMPLATE, folder.recipe, source.name, folder.history(), parameters)
+            write_pretraining_card(folder.path, CARD_TEMPLATE, recipe, source.name, folder.history(), parameters)
 
     def names(step: int) -> list[str]:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.decode import decode_image
+from mae_hf.training.recipe import checkpoint_normalisation
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.sources import open_source
 
@@ -68,9 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         noise = torch.rand(config.num_patches, generator=torch.Generator().manual_seed(chosen.seed))
         hidden = {"noise": noise.expand(len(images), -1)}
-    pictures = model.reconstruct(
-        pixel_values, processor.image_mean, processor.image_std, mask_ratio=chosen.mask_ratio, **hidden
-    )
+    mean, std = checkpoint_normalisation(chosen.model, config.num_channels)
+    pictures = model.reconstruct(pixel_values, mean, std, mask_ratio=chosen.mask_ratio, **hidden)
     save_picture(pictures, chosen.output)
     by = f"the mask {chosen.mask}" if chosen.mask is not None else f"seed {chosen.seed}"
     print(

@@ -56,6 +56,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     if recipe.attn_implementation:
         bare_model.set_attn_implementation(recipe.attn_implementation)
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    recipe = folder.recipe
     schedule = make_schedule(
         source, recipe.epochs, recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes
     )

@@ -19,6 +19,7 @@ from training.test_data import write_shards
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel
+from mae_hf.training.augment import image_processor
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -207,6 +208,20 @@ def test_continue_from_a_checkpoint__at_another_size(photos: str, tmp_path: Path
     assert model.config.hidden_size == 32
     with pytest.raises(ValueError, match="hidden_size is 64 in the recipe and 32 in the checkpoint"):
         run_pretrain.main([*base, str(tmp_path / "other"), *common, "--hidden_size", "64"])
+
+
+def test_continue_from_a_checkpoint__with_its_normalisation(photos: str, tmp_path: Path) -> None:
+    MAEForPreTraining(tiny_config()).save_pretrained(tmp_path / "checkpoint")
+    image_processor((32, 32), 1.0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]).save_pretrained(tmp_path / "checkpoint")
+    words = ["--dataset", photos, "--total_batch_size", "5", "--epochs", "1", "--warmup_epochs", "0"]
+    words += ["--num_workers", "0", "--model_name_or_path", str(tmp_path / "checkpoint"), "--output_dir"]
+    run_pretrain.main([*words, str(tmp_path / "run")])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    assert list(processor.image_mean) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(processor.image_std) == pytest.approx([0.4, 0.5, 0.6])
+    as_said = ["--image_mean", "0.1", "0.2", "0.3", "--image_std", "0.4", "0.5", "0.6"]
+    run_pretrain.main([*words, str(tmp_path / "said"), *as_said])
+    assert losses(metrics(tmp_path / "said")) == losses(metrics(tmp_path / "run"))
 
 
 def test_tensorboard(photos: str, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def encode_images(
     model = MAEModel.from_pretrained(name, pooling=pooling).to(device or "cpu")
     view = eval_transform(model.config.image_shape, center_crop)
     images = JudgingImages(open_source(dataset, split, labelled=True), view, model.config.num_channels, seed=0)
-    encode = frozen_encoder(model, *checkpoint_normalisation(name))
+    encode = frozen_encoder(model, *checkpoint_normalisation(name, model.config.num_channels))
     return extract_features(encode, images, batch_size, num_workers)
 
 

@@ -83,7 +83,7 @@ def write_pretraining_card(
         name=recipe.hub_model_id or Path(folder).resolve().name,
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
-        image_mode=PIL_MODES[len(recipe.image_mean)],
+        image_mode=PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)],
         recipe=shareable_recipe(recipe, source_name),
         epochs=_epochs(recipe, history),
         mask_percent=round(100 * recipe.mask_ratio),

@@ -15,7 +15,6 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 RecipeType = TypeVar("RecipeType", bound="Recipe")
-LabelledType = TypeVar("LabelledType", bound="LabelledRecipe")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -63,8 +62,12 @@ class Recipe:
     center_crop: float = setting(
         0.875, "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper"
     )
-    image_mean: list[float] = setting(IMAGENET_MEAN, "mean of each channel, for values in [0, 1]")
-    image_std: list[float] = setting(IMAGENET_STD, "standard deviation of each channel, for values in [0, 1]")
+    image_mean: list[float] | None = setting(
+        None, "mean of each channel, for values in [0, 1]; else that of the checkpoint's processor, or ImageNet's"
+    )
+    image_std: list[float] | None = setting(
+        None, "standard deviation of each channel, for values in [0, 1]; else as for image_mean"
+    )
 
     # --- the optimisation
     total_batch_size: int = setting(4096, "images in one optimizer step, over all processes and accumulation")
@@ -177,16 +180,20 @@ class Recipe:
         return MAEConfig.from_pretrained(self.model_name_or_path, **self.architecture(), **more)
 
     def resolved(self: RecipeType, config: MAEConfig, mixed_precision: str) -> RecipeType:
-        """This recipe with what was left to the model and to the machine filled in."""
+        """This recipe with what was left to the checkpoint, to the model and to the machine filled in."""
         built = {name: getattr(config, name) for name in self._config_fields()}
         built |= {"image_size": list(config.image_shape), "patch_size": list(config.patch_shape)}
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != config.num_channels:
+        mean, std = self.image_mean, self.image_std
+        if mean is None or std is None:
+            of_checkpoint = checkpoint_normalisation(self.model_name_or_path, config.num_channels)
+            mean, std = mean or of_checkpoint[0], std or of_checkpoint[1]
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if len(values) != config.num_channels:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values, but the model has {config.num_channels} channels: "
-                    f"give one value a channel."
+                    f"{name} has {len(values)} values, but the model has {config.num_channels} channels: give one "
+                    f"value a channel."
                 )
-        return replace(self, **built, mixed_precision=mixed_precision)
+        return replace(self, **built, image_mean=mean, image_std=std, mixed_precision=mixed_precision)
 
     def _config_fields(self) -> list[str]:
         return [f.name for f in fields(self) if f.name in MAEConfig.__annotations__]
@@ -254,12 +261,6 @@ class LabelledRecipe(Recipe):
         None, "no such split: take this share of each class out of the training images, drawn by the seed"
     )
     pooling: str = setting("mean", "what stands for the image: mean of the patch tokens, or cls, the class token")
-    image_mean: list[float] | None = setting(  # type: ignore[assignment]
-        None, "mean of each channel, for values in [0, 1]; else that of the checkpoint's processor, or ImageNet's"
-    )
-    image_std: list[float] | None = setting(  # type: ignore[assignment]
-        None, "standard deviation of each channel, for values in [0, 1]; else as for image_mean"
-    )
     warmup_epochs: float = setting(5.0, "epochs in which the learning rate grows from 0")
 
     def __post_init__(self) -> None:
@@ -281,22 +282,33 @@ class LabelledRecipe(Recipe):
                 "an eval_split."
             )
 
-    def resolved(self: LabelledType, config: MAEConfig, mixed_precision: str) -> LabelledType:
-        """As for every recipe; and images are normalised as they were for the checkpoint."""
-        mean, std = checkpoint_normalisation(self.model_name_or_path)
-        normalised = replace(self, image_mean=self.image_mean or mean, image_std=self.image_std or std)
-        return super(LabelledRecipe, normalised).resolved(config, mixed_precision)
 
+def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of a checkpoint's image processor; ImageNet's without one.
 
-def checkpoint_normalisation(name: str | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of a checkpoint's image processor; ImageNet's without one."""
+    A processor that doesn't normalise has 0 and 1; one number stands for all channels.
+
+    Raises:
+        ValueError: the processor normalises by what it doesn't say.
+    """
     try:
         processor = AutoImageProcessor.from_pretrained(name) if name is not None else None
     except (OSError, ValueError):  # a checkpoint without a processor
         processor = None
     if processor is None:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
-    return list(processor.image_mean), list(processor.image_std)
+    if not processor.do_normalize:
+        return [0.0] * num_channels, [1.0] * num_channels
+    mean, std = processor.image_mean, processor.image_std
+    if mean is None or std is None:
+        raise ValueError(
+            f"The image processor of {name} has no image_mean or image_std: give --image_mean and --image_std."
+        )
+    return _of_channels(mean, num_channels), _of_channels(std, num_channels)
+
+
+def _of_channels(values: float | Sequence[float], num_channels: int) -> list[float]:
+    return list(values) if isinstance(values, Sequence) else [float(values)] * num_channels
 
 
 @dataclass(frozen=True, kw_only=True)
