@@ -53,12 +53,11 @@ def pixels(arguments: list[str]) -> None:
 
     source, judges = open_labelled(recipe)
     source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
+    recipe = recipe.fitted(source.length)
     (train, train_labels), (chooser, chooser_labels), (test, test_labels) = map(features, (source, selection, judges))
 
     def probe(lr: float) -> torch.nn.Module:
-        return linear_probe(
-            train, train_labels, recipe.epochs, recipe.total_batch_size, lr, recipe.warmup_epochs, recipe.seed
-        )
+        return linear_probe(train, train_labels, recipe.epochs, recipe.total_batch_size, lr, recipe.warmup, recipe.seed)
 
     probes = [probe(lr) for lr in recipe.effective_lrs]
     with torch.no_grad():

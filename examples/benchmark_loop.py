@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", help="settings of run_pretrain.py")
     options = parser.parse_args(arguments)
 
-    recipe = run_pretrain.read_recipe(options.words)
+    recipe = run_pretrain.read_recipe(PretrainRecipe, options.words, "quickstart")
     if options.steps < 3 * recipe.log_every:
         parser.error(f"--steps {options.steps} has no two whole periods of --log_every {recipe.log_every} to compare.")
     batches, bare, size = read_batches(recipe), BareStep(recipe), recipe.total_batch_size

@@ -11,11 +11,15 @@ folder continues the run.
 """
 
 import json
-import sys
 import time
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+
+if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
+    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
+    run_path(str(recipe_file))["check_command_line"]("FinetuneRecipe", "quickstart_finetune")
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +42,7 @@ from mae_hf.training.metrics import ClassificationMetrics, classification_metric
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
-from mae_hf.training.recipe import FinetuneRecipe, parse_recipe
+from mae_hf.training.recipe import FinetuneRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
@@ -46,14 +50,6 @@ from mae_hf.training.sources import open_labelled, seed_of
 
 EXAMPLES = Path(__file__).resolve().parent
 CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_finetune.md"
-
-
-def read_recipe(arguments: list[str]) -> FinetuneRecipe:
-    """The recipe of the command line; the digits' where neither a recipe nor a data set is named."""
-    named = {word.split("=")[0] for word in arguments}
-    if not named & {"--recipe", "--dataset", "--help", "-h"}:
-        arguments = ["--recipe", "quickstart_finetune", *arguments]
-    return parse_recipe(FinetuneRecipe, arguments, EXAMPLES / "recipes")
 
 
 def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> MAEForImageClassification:
@@ -104,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, model
     # ----------------------------------------------------------------------------------------------------------------
-    recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+    recipe = read_recipe(FinetuneRecipe, arguments, "quickstart_finetune")
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision or best_precision(),
@@ -120,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # the others find what it has written to the cache
         source, judges = open_labelled(recipe)
     label_names = source.label_names or []
+    recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     model = build_model(recipe, label_names)
     config = model.config
@@ -172,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"Mixup and cutmix mix pairs of images, but a process handles {schedule.micro_batch_size} at once: choose "
             f"an even per_device_batch_size, or --mixup 0 --cutmix 0."
         )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
 
     if recipe.freeze is not None:
         freeze(model, recipe.freeze)

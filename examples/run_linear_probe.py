@@ -16,7 +16,13 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+
+if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
+    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
+    run_path(str(recipe_file))["check_command_line"]("ProbeRecipe")
 
 import torch
 from accelerate import Accelerator
@@ -42,13 +48,11 @@ from mae_hf.training.faults import StopSignal, check_launcher, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
-from mae_hf.training.recipe import ProbeRecipe, parse_recipe
+from mae_hf.training.recipe import ProbeRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import bare, check_whole
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
-
-EXAMPLES = Path(__file__).resolve().parent
 
 
 def load_encoder(recipe: ProbeRecipe) -> MAEModel:
@@ -98,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, encoder
     # ----------------------------------------------------------------------------------------------------------------
-    recipe = parse_recipe(ProbeRecipe, arguments, EXAMPLES / "recipes")
+    recipe = read_recipe(ProbeRecipe, arguments)
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision or best_precision(),
@@ -117,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered
             source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
     label_names = source.label_names or []
+    recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)
     config = encoder.config
@@ -132,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.num_processes,
         recipe.images_per_epoch,
     )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
 
     probes = build_probes(recipe, config.hidden_size, len(label_names))
     optimizer = build_optimizer(recipe, probes)

@@ -8,10 +8,15 @@ Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them):
 file, then the command line. Starting again in a run folder continues the run.
 """
 
-import sys
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+
+if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
+    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
+    run_path(str(recipe_file))["check_command_line"]("PretrainRecipe", "quickstart")
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +31,7 @@ from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
-from mae_hf.training.recipe import PretrainRecipe, parse_recipe
+from mae_hf.training.recipe import PretrainRecipe, read_recipe
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
@@ -36,14 +41,6 @@ from mae_hf.training.sources import ImageSource, open_source
 EXAMPLES = Path(__file__).resolve().parent
 CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_pretrain.md"
 PICTURES = 8
-
-
-def read_recipe(arguments: list[str]) -> PretrainRecipe:
-    """The recipe of the command line; the quickstart's where neither a recipe nor a data set is named."""
-    named = {word.split("=")[0] for word in arguments}
-    if not named & {"--recipe", "--dataset", "--help", "-h"}:
-        arguments = ["--recipe", "quickstart", *arguments]
-    return parse_recipe(PretrainRecipe, arguments, EXAMPLES / "recipes")
 
 
 def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
@@ -71,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, model
     # ----------------------------------------------------------------------------------------------------------------
-    recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+    recipe = read_recipe(PretrainRecipe, arguments, "quickstart")
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision or best_precision(),
@@ -86,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
         source = open_source(recipe.dataset, recipe.split, recipe.image_column, recipe.streaming)
+    recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     model = build_model(recipe)
     config = model.config
@@ -100,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.num_processes,
         recipe.images_per_epoch,
     )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
 
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     groups = parameter_groups(model, recipe.weight_decay)

@@ -50,6 +50,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     """run_pretrain.py's loop, without its checkpoints and pictures, around the other model."""
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     source = open_source(recipe.dataset, recipe.split, recipe.image_column)
+    recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     config = recipe.config()
     bare_model = build_vit_mae(config, repaired)
@@ -60,7 +61,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     schedule = make_schedule(
         source, recipe.epochs, recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes
     )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup_epochs * schedule.steps_per_epoch)
+    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
     accelerator.gradient_accumulation_steps = schedule.rounds
     groups = parameter_groups(bare_model, recipe.weight_decay)
     betas = (recipe.adam_beta1, recipe.adam_beta2)

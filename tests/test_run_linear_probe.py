@@ -211,5 +211,9 @@ def test_refusals(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite__stops_the_run(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    encoder = MAEModel.from_pretrained(checkpoint)
+    with torch.no_grad():
+        encoder.layernorm.weight.mul_(1e38)  # finite features, whose variance is not
+    encoder.save_pretrained(tmp_path / "huge")
     with pytest.raises(FloatingPointError, match=r"The loss of step \d+ is nan; nothing was saved"):
-        probe(pets, checkpoint, tmp_path / "run", "--base_lr", "inf", "--warmup_epochs", "0")
+        probe(pets, tmp_path / "huge", tmp_path / "run", "--warmup_epochs", "0")

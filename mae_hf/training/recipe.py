@@ -1,27 +1,120 @@
-"""A recipe: every setting of a run, in one frozen dataclass. Defaults are the paper's; YAML and command line on top."""
+"""A recipe: every setting of a run, in one frozen dataclass. Defaults are the paper's; YAML and command line on top.
 
+Only the standard library and PyYAML are imported before a model is asked for, and nothing of this package: a script
+runs this file before its own imports (`check_command_line`), so that a mistake is said at once rather than after them.
+"""
+
+import argparse
+import math
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from transformers import AutoImageProcessor, HfArgumentParser
 
-from ..configuration_mae import SIZES, MAEConfig, nearest
+if TYPE_CHECKING:
+    from ..configuration_mae import MAEConfig
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
+# Where `--recipe NAME` is looked for: in the package, where a wheel has put the recipes, or in the clone.
+RECIPES = Path(__file__).parents[1] / "recipes"
+if not RECIPES.is_dir():
+    RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+SIZE_NAMES = ("tiny", "small", "base", "large", "huge")  # of configuration_mae.SIZES
+# What Accelerate can log to, and the packages one of which it needs for that.
+TRACKERS = {
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+STEPS_PER_EPOCH = 5  # at the least, with a batch that is left to the number of images
+SMALLEST_BATCH = 16  # which is not halved any more
+
 RecipeType = TypeVar("RecipeType", bound="Recipe")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field with its help text; a list as default is copied for every recipe."""
+@dataclass(frozen=True)
+class Range:
+    """What a setting may be; of a list, each of its items."""
+
+    choices: tuple[str, ...] | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def refuse(self, name: str, value: Any) -> None:
+        """Raise a ValueError with the name of the setting if the value is outside."""
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                if self.choices is not None and item not in self.choices:
+                    raise ValueError(f"{name} cannot be {item!r}. {nearest(item, self.choices)}")
+                if not item:
+                    raise ValueError(f"{name} must not be empty.")
+                continue
+            if not math.isfinite(item):
+                raise ValueError(f"{name} must be a finite number, but is {value}.")
+            if not (
+                (self.at_least is None or item >= self.at_least)
+                and (self.above is None or item > self.above)
+                and (self.at_most is None or item <= self.at_most)
+                and (self.below is None or item < self.below)
+            ):
+                raise ValueError(f"{name} must be {self.words()}, but is {value}.")
+
+    def words(self) -> str:
+        """The bounds for a person."""
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None)
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None, **bounds: float) -> Any:
+    """A field with its help text and its range; a default that is a list or a function is made anew for every recipe.
+
+    Args:
+        default: `None` where it may be unset.
+        help: a phrase for `--help`.
+        choices: the words that it may be.
+        **bounds: `at_least`, `above`, `at_most`, `below`: of the number, or of each number of a list.
+    """
+    allowed = Range(tuple(choices) if choices is not None else None, **bounds)
+    metadata = {"help": help, "range": allowed}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: the known name closest to `name`, or all of them when none is close."""
+    close = get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def some_workers() -> int:
+    """Four, or as many as there are cores: DataLoader warns of more."""
+    return min(4, cores())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,70 +130,112 @@ class Recipe:
     split: str = setting("train", "split of the data set to train on")
     image_column: str | None = setting(None, "column that holds the image; found by itself if there is just one")
     streaming: bool = setting(False, "read the data set as a stream, without a copy on this disk")
-    shuffle_buffer: int = setting(1000, "out of how many images a stream draws the next one")
-    images_per_epoch: int | None = setting(None, "what counts as an epoch; else the images that there are")
+    shuffle_buffer: int = setting(1000, "out of how many images a stream draws the next one", at_least=1)
+    images_per_epoch: int | None = setting(None, "what counts as an epoch; else the images that there are", at_least=1)
 
     # --- the encoder
     model_name_or_path: str | None = setting(None, "start from this checkpoint, which then decides the architecture")
     size: str | None = setting(
         None,
-        f"named model: {', '.join(SIZES)}; base if neither this nor a checkpoint is given. The decoder of tiny is 192 "
-        "wide and 4 blocks deep, of small 256 and 4, of the others the paper's 512 and 8",
+        f"named model: {', '.join(SIZE_NAMES)}; base if neither this nor a checkpoint is given. The decoder of tiny is "
+        "192 wide and 4 blocks deep, of small 256 and 4, of the others the paper's 512 and 8",
+        choices=SIZE_NAMES,
     )
-    image_size: list[int] | None = setting(None, "pixels, one number or height and width; 224, or the checkpoint's")
-    patch_size: list[int] | None = setting(None, "pixels, one number or height and width; else the size's")
+    image_size: list[int] | None = setting(
+        None, "pixels, one number or height and width; 224, or the checkpoint's", at_least=1
+    )
+    patch_size: list[int] | None = setting(None, "pixels, one number or height and width; else the size's", at_least=1)
     num_channels: int | None = setting(
-        None, "channels of the model; images are converted to them; 3, or the checkpoint's"
+        None, "channels of the model; images are converted to them; 3, or the checkpoint's", at_least=1
     )
-    hidden_size: int | None = setting(None, "width of the encoder, else the size's")
-    num_hidden_layers: int | None = setting(None, "depth of the encoder, else the size's")
-    num_attention_heads: int | None = setting(None, "heads of the encoder, else the size's")
+    hidden_size: int | None = setting(None, "width of the encoder, else the size's", at_least=1)
+    num_hidden_layers: int | None = setting(None, "depth of the encoder, else the size's", at_least=1)
+    num_attention_heads: int | None = setting(None, "heads of the encoder, else the size's", at_least=1)
 
     # --- how images are looked at
-    crop_scale: list[float] = setting([0.2, 1.0], "random resized crop: smallest and largest share of the image's area")
+    crop_scale: list[float] = setting(
+        [0.2, 1.0], "random resized crop: smallest and largest share of the image's area", above=0, at_most=1
+    )
     horizontal_flip: bool = setting(True, "mirror half of the images; wrong for text and digits")
     center_crop: float = setting(
-        0.875, "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper"
+        0.875,
+        "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper",
+        above=0,
+        at_most=1,
     )
     image_mean: list[float] | None = setting(
-        None, "mean of each channel, for values in [0, 1]; else that of the checkpoint's processor, or ImageNet's"
+        None,
+        "mean of each channel, for values in [0, 1]; else that of the checkpoint's processor, or ImageNet's",
+        at_least=0,
+        at_most=1,
     )
     image_std: list[float] | None = setting(
-        None, "standard deviation of each channel, for values in [0, 1]; else as for image_mean"
+        None, "standard deviation of each channel, for values in [0, 1]; else as for image_mean", above=0
     )
 
     # --- the optimisation
-    total_batch_size: int = setting(4096, "images in one optimizer step, over all processes and accumulation")
-    epochs: int = setting(800, "passes over the images")
-    warmup_epochs: float = setting(40.0, "epochs in which the learning rate grows from 0")
-    base_lr: float = setting(
-        1.5e-4, "learning rate for 256 images; the effective one is base_lr * total_batch_size / 256"
+    total_batch_size: int | None = setting(
+        None,
+        "images in one optimizer step, over all processes and accumulation; if not given: the paper's (4096, to "
+        f"fine-tune 1024, to probe 16384), halved until an epoch has {STEPS_PER_EPOCH} steps, but not below "
+        f"{SMALLEST_BATCH}",
+        at_least=1,
     )
-    min_lr: float = setting(0.0, "learning rate at the end")
-    weight_decay: float = setting(0.05, "of matrices; biases and norms have none")
-    seed: int = setting(0, "of the initialisation, and of everything that is random about an image")
+    epochs: int = setting(800, "passes over the images", at_least=1)
+    warmup_epochs: float | None = setting(
+        None,
+        "epochs in which the learning rate grows from 0; if not given: the paper's share of all epochs, 5 %, to probe "
+        "11 %",
+        at_least=0,
+    )
+    base_lr: float = setting(
+        1.5e-4, "learning rate for 256 images; the effective one is base_lr * total_batch_size / 256", at_least=0
+    )
+    min_lr: float = setting(0.0, "learning rate at the end", at_least=0)
+    weight_decay: float = setting(0.05, "of matrices; biases and norms have none", at_least=0)
+    seed: int = setting(
+        0, "of the initialisation, and of everything that is random about an image", at_least=0, below=2**32
+    )
 
     # --- how it runs; none of these changes the result beyond rounding
-    per_device_batch_size: int = setting(64, "images that one process handles at once; accumulation follows from it")
-    num_workers: int = setting(4, "processes that load images, for each training process")
+    per_device_batch_size: int = setting(
+        64, "images that one process handles at once; accumulation follows from it", at_least=1
+    )
+    num_workers: int = setting(
+        some_workers,
+        "processes that load images, for each training process; if not given: 4, or the cores if they are fewer",
+        at_least=0,
+    )
     mixed_precision: str | None = setting(
-        None, "no, bf16 or fp16; if not given: bf16 on a GPU that has it, else what accelerate was configured with"
+        None,
+        "no, bf16 or fp16; if not given: what accelerate was told, else bf16 on a GPU that has it",
+        choices=("no", "bf16", "fp16"),
     )
     attn_implementation: str | None = setting(
         None, "eager, sdpa, flash_attention_2, flex_attention; else the best there is"
     )
     log_every: int = setting(
-        20, "optimizer steps between two lines of metrics, each one synchronisation with the device"
+        20, "optimizer steps between two lines of metrics, each one synchronisation with the device", at_least=1
     )
-    save_every: int = setting(1000, "optimizer steps between two checkpoints; there is always one at the end")
-    keep_checkpoints: int = setting(2, "how many checkpoints stay on disk")
+    save_every: int = setting(
+        1000, "optimizer steps between two checkpoints; there is always one at the end", at_least=1
+    )
+    keep_checkpoints: int = setting(2, "how many checkpoints stay on disk", at_least=1)
     max_skipped_images: float = setting(
         0.01,
         "share of the images, but at least one, that may be unreadable, and are replaced by others, or in the "
         "evaluation set left out; a run that meets more of them stops, and at 0 at the first",
+        at_least=0,
+        at_most=1,
     )
-    process_timeout: int = setting(1800, "seconds after which a process that others wait for counts as lost")
-    report_to: str = setting("none", "tracker: tensorboard, wandb, trackio, ... or none")
+    process_timeout: int = setting(
+        1800, "seconds after which a process that others wait for counts as lost", at_least=1
+    )
+    report_to: str = setting(
+        "none",
+        f"tracker: {', '.join(TRACKERS)}, all of them that are installed, or none",
+        choices=("none", "all", *TRACKERS),
+    )
     output_dir: str = setting("runs/run", "the run folder")
 
     # --- where the model goes; the token is that of `hf auth login` or HF_TOKEN
@@ -112,35 +247,55 @@ class Recipe:
         "unknown", "licence of the weights, for the card; the images, or the checkpoint continued from, may decide it"
     )
 
+    paper_batch: ClassVar[int] = 4096
+    paper_warmup: ClassVar[tuple[int, int]] = (40, 800)  # epochs, of how many
+
     def __post_init__(self) -> None:
-        for name in (
-            "total_batch_size",
-            "epochs",
-            "per_device_batch_size",
-            "shuffle_buffer",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-        ):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
-        if self.size is not None and self.size not in SIZES:
-            raise ValueError(f"There is no model size {self.size!r}. {nearest(self.size, list(SIZES))}")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None and not _may_be_unset(one):
+                raise ValueError(f"{one.name} cannot be left without a value.")
+            if value is not None:
+                one.metadata["range"].refuse(one.name, value)
+        for name in ("dataset", "eval_dataset", "model_name_or_path", "output_dir"):
+            if (getattr(self, name, None) or "").startswith("~"):  # where the shell has not done it: --output_dir='~/x'
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name in ("image_size", "patch_size"):
             if (sides := getattr(self, name)) is not None and len(sides) not in (1, 2):
                 raise ValueError(f"{name} must be one number or height and width, but is {sides}.")
-        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+        if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise ValueError(f"crop_scale must be two shares 0 < smallest <= largest <= 1, but is {self.crop_scale}.")
-        if not 0 < self.center_crop <= 1:
-            raise ValueError(f"center_crop must be above 0 and at most 1, but is {self.center_crop}.")
-        if not 0 <= self.warmup_epochs <= self.epochs:
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
 
+    def fitted(self: RecipeType, images: int | None) -> RecipeType:
+        """This recipe with a batch that fits the number of images, where none was given.
+
+        It is the paper's, halved until an epoch has at least `STEPS_PER_EPOCH` steps, but not below `SMALLEST_BATCH`.
+
+        Args:
+            images: of the data set, or `None` where nobody knows; `images_per_epoch` goes before it.
+        """
+        images = self.images_per_epoch or images
+        if self.total_batch_size is not None or images is None:
+            return self
+        batch = self.paper_batch
+        while batch > SMALLEST_BATCH and images < STEPS_PER_EPOCH * batch:
+            batch //= 2
+        return replace(self, total_batch_size=batch)
+
+    @property
+    def warmup(self) -> float:
+        """The epochs of warm-up: those of the recipe, or the paper's share of all epochs."""
+        epochs, of = self.paper_warmup
+        return self.epochs * epochs / of if self.warmup_epochs is None else self.warmup_epochs
+
     @property
     def effective_lr(self) -> float:
-        """The peak learning rate, by the linear scaling rule (Table 8)."""
+        """The peak learning rate of a recipe that is `fitted`, by the linear scaling rule (Table 8)."""
+        assert self.total_batch_size is not None
         return self.base_lr * self.total_batch_size / 256
 
     def architecture(self) -> dict[str, Any]:
@@ -151,11 +306,13 @@ class Recipe:
                 chosen[name] = chosen[name][0]
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def config(self, **more: Any) -> MAEConfig:
+    def config(self, **more: Any) -> "MAEConfig":
         """The configuration of a model that starts from scratch, with fields that no recipe knows on top."""
+        from ..configuration_mae import MAEConfig
+
         return MAEConfig.from_size(self.size or "base", **self.architecture(), **more)
 
-    def checkpoint_config(self, may_differ: Sequence[str], **more: Any) -> MAEConfig:
+    def checkpoint_config(self, may_differ: Sequence[str], **more: Any) -> "MAEConfig":
         """The configuration of the recipe's checkpoint with what the recipe may change of it.
 
         Args:
@@ -165,6 +322,8 @@ class Recipe:
         Raises:
             ValueError: the recipe sets another field, and to something else than the checkpoint has.
         """
+        from ..configuration_mae import MAEConfig
+
         if self.model_name_or_path is None:
             raise ValueError("There is no checkpoint to start from: give --model_name_or_path.")
         try:
@@ -179,7 +338,7 @@ class Recipe:
                 )
         return MAEConfig.from_pretrained(self.model_name_or_path, **self.architecture(), **more)
 
-    def resolved(self: RecipeType, config: MAEConfig, mixed_precision: str) -> RecipeType:
+    def resolved(self: RecipeType, config: "MAEConfig", mixed_precision: str) -> RecipeType:
         """This recipe with what was left to the checkpoint, to the model and to the machine filled in."""
         built = {name: getattr(config, name) for name in self._config_fields()}
         built |= {"image_size": list(config.image_shape), "patch_size": list(config.patch_shape)}
@@ -196,6 +355,8 @@ class Recipe:
         return replace(self, **built, image_mean=mean, image_std=std, mixed_precision=mixed_precision)
 
     def _config_fields(self) -> list[str]:
+        from ..configuration_mae import MAEConfig
+
         return [f.name for f in fields(self) if f.name in MAEConfig.__annotations__]
 
 
@@ -203,21 +364,32 @@ class Recipe:
 class PretrainRecipe(Recipe):
     """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
 
-    decoder_hidden_size: int | None = setting(None, "width of the decoder, else the size's; 512 in the paper")
-    decoder_num_hidden_layers: int | None = setting(None, "depth of the decoder, else the size's; 8 in the paper")
-    decoder_num_attention_heads: int | None = setting(None, "heads of the decoder, else the size's; 16 in the paper")
-    mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)")
+    decoder_hidden_size: int | None = setting(
+        None, "width of the decoder, else the size's; 512 in the paper", at_least=1
+    )
+    decoder_num_hidden_layers: int | None = setting(
+        None, "depth of the decoder, else the size's; 8 in the paper", at_least=1
+    )
+    decoder_num_attention_heads: int | None = setting(
+        None, "heads of the decoder, else the size's; 16 in the paper", at_least=1
+    )
+    mask_ratio: float = setting(0.75, "share of the patches that is hidden (Fig. 5)", above=0, below=1)
     norm_pix_loss: bool = setting(True, "predict pixels normalised per patch (Table 1d)")
     mask_tokens_in_encoder: bool = setting(
         False, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
     )
-    decoder_type: str = setting("self", "self, the paper's decoder, or cross, the cheaper one of CrossMAE")
-    prediction_ratio: float = setting(1.0, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3")
+    decoder_type: str = setting(
+        "self", "self, the paper's decoder, or cross, the cheaper one of CrossMAE", choices=("self", "cross")
+    )
+    prediction_ratio: float = setting(
+        1.0, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3", above=0, at_most=1
+    )
 
     repeated_augmentation: int = setting(
         1,
         "samples that are made of an image when it is decoded, each with a crop and a mask of its own, all in a row; "
         "an epoch is still as many samples as there are images, so that a pass over the images takes this many epochs",
+        at_least=1,
     )
     reduced_decoding: bool = setting(
         False,
@@ -225,25 +397,25 @@ class PretrainRecipe(Recipe):
         "sees: faster above 1.4 Mpixel or so, for a model of 224, and pixels differ a little",
     )
 
-    adam_beta1: float = setting(0.9, "AdamW's beta 1")
-    adam_beta2: float = setting(0.95, "AdamW's beta 2")
-    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
+    adam_beta1: float = setting(0.9, "AdamW's beta 1", at_least=0, below=1)
+    adam_beta2: float = setting(0.95, "AdamW's beta 2", at_least=0, below=1)
+    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip", above=0)
 
     max_skipped_steps: int = setting(
-        0, "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits"
+        0,
+        "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits",
+        at_least=0,
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the model")
     picture_every: int = setting(
-        1000, "optimizer steps between two pictures of reconstructions; 0 for only one at the end"
+        1000, "optimizer steps between two pictures of reconstructions; 0 for only one at the end", at_least=0
     )
     output_dir: str = setting("runs/pretrain", "the run folder")
     hub_push_every_checkpoint: bool = setting(False, "also push at every checkpoint, while training goes on")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.repeated_augmentation < 1:
-            raise ValueError(f"repeated_augmentation must be at least 1, but is {self.repeated_augmentation}.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 
@@ -253,22 +425,25 @@ class LabelledRecipe(Recipe):
     """What fine-tuning and probing share: labels, and the images that judge."""
 
     label_column: str | None = setting(None, "column that holds the label; found by itself if there is just one")
-    num_labels: int | None = setting(None, "number of classes, where labels are bare numbers in a stream")
-    labels_per_class: int | None = setting(None, "train on this many images of each class, drawn by the seed")
+    num_labels: int | None = setting(None, "number of classes, where labels are bare numbers in a stream", at_least=1)
+    labels_per_class: int | None = setting(
+        None, "train on this many images of each class, drawn by the seed", at_least=1
+    )
     eval_dataset: str | None = setting(None, "where the images are that judge; else the same data set")
     eval_split: str | None = setting(None, "split of the images that judge, 'validation' for instance")
     eval_fraction: float | None = setting(
-        None, "no such split: take this share of each class out of the training images, drawn by the seed"
+        None,
+        "no such split: take this share of each class out of the training images, drawn by the seed",
+        above=0,
+        below=1,
     )
-    pooling: str = setting("mean", "what stands for the image: mean of the patch tokens, or cls, the class token")
-    warmup_epochs: float = setting(5.0, "epochs in which the learning rate grows from 0")
+    pooling: str = setting(
+        "mean", "what stands for the image: mean of the patch tokens, or cls, the class token", choices=("mean", "cls")
+    )
+    paper_warmup: ClassVar[tuple[int, int]] = (5, 100)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels_per_class is not None and self.labels_per_class < 1:
-            raise ValueError(f"labels_per_class must be at least 1, but is {self.labels_per_class}.")
-        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be a share between 0 and 1, but is {self.eval_fraction}.")
         if (self.eval_split is None) == (self.eval_fraction is None):
             raise ValueError(
                 "Say which images judge the model: either --eval_split NAME, or --eval_fraction SHARE to take them out "
@@ -291,6 +466,8 @@ def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[l
     Raises:
         ValueError: the processor normalises by what it doesn't say.
     """
+    from transformers import AutoImageProcessor
+
     try:
         processor = AutoImageProcessor.from_pretrained(name) if name is not None else None
     except (OSError, ValueError):  # a checkpoint without a processor
@@ -315,58 +492,52 @@ def _of_channels(values: float | Sequence[float], num_channels: int) -> list[flo
 class FinetuneRecipe(LabelledRecipe):
     """Fine-tuning end to end (Table 9, with the original repository's values for ViT-B/16 on ImageNet-1k)."""
 
-    crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
-    rand_augment: float = setting(9.0, "magnitude of RandAugment out of 10; 0 leaves it out")
-    rand_augment_std: float = setting(0.5, "standard deviation of that magnitude")
-    random_erasing: float = setting(0.25, "probability that a rectangle is replaced by noise")
-    mixup: float = setting(0.8, "alpha of mixup, 0 for none")
-    cutmix: float = setting(1.0, "alpha of cutmix, 0 for none")
-    mixup_switch: float = setting(0.5, "probability of cutmix where both are on")
-    label_smoothing: float = setting(0.1, "share of the target that is spread over all classes")
+    crop_scale: list[float] = setting(
+        [0.08, 1.0], "random resized crop: smallest and largest share of the area", above=0, at_most=1
+    )
+    rand_augment: float = setting(9.0, "magnitude of RandAugment out of 10; 0 leaves it out", at_least=0, at_most=10)
+    rand_augment_std: float = setting(0.5, "standard deviation of that magnitude", at_least=0)
+    random_erasing: float = setting(0.25, "probability that a rectangle is replaced by noise", at_least=0, at_most=1)
+    mixup: float = setting(0.8, "alpha of mixup, 0 for none", at_least=0)
+    cutmix: float = setting(1.0, "alpha of cutmix, 0 for none", at_least=0)
+    mixup_switch: float = setting(0.5, "probability of cutmix where both are on", at_least=0, at_most=1)
+    label_smoothing: float = setting(0.1, "share of the target that is spread over all classes", at_least=0, below=1)
 
-    total_batch_size: int = setting(1024, "images in one optimizer step, over all processes and accumulation")
-    epochs: int = setting(100, "passes over the images")
-    base_lr: float = setting(5e-4, "learning rate for 256 images; the paper's Table 9 has 1e-3")
-    min_lr: float = setting(1e-6, "learning rate at the end, before layer-wise decay")
-    adam_beta1: float = setting(0.9, "AdamW's beta 1")
-    adam_beta2: float = setting(0.999, "AdamW's beta 2")
-    layer_decay: float = setting(0.65, "each layer's learning rate as a share of the layer's above; Table 9 has 0.75")
-    drop_path_rate: float = setting(0.1, "stochastic depth of the last block, growing from 0 at the first")
-    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip")
+    paper_batch: ClassVar[int] = 1024
+    epochs: int = setting(100, "passes over the images", at_least=1)
+    base_lr: float = setting(5e-4, "learning rate for 256 images; the paper's Table 9 has 1e-3", at_least=0)
+    min_lr: float = setting(1e-6, "learning rate at the end, before layer-wise decay", at_least=0)
+    adam_beta1: float = setting(0.9, "AdamW's beta 1", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW's beta 2", at_least=0, below=1)
+    layer_decay: float = setting(
+        0.65, "each layer's learning rate as a share of the layer's above; Table 9 has 0.75", above=0, at_most=1
+    )
+    drop_path_rate: float = setting(
+        0.1, "stochastic depth of the last block, growing from 0 at the first", at_least=0, below=1
+    )
+    max_grad_norm: float | None = setting(None, "clip the gradient to this norm; the paper does not clip", above=0)
     freeze: float | None = setting(
-        None, "keep the embeddings and this many blocks, from the bottom, as they are; 23.5 of 24 trains the last MLP"
+        None,
+        "keep the embeddings and this many blocks, from the bottom, as they are; 23.5 of 24 trains the last MLP",
+        at_least=0,
     )
     ema_decay: float | None = setting(
-        None, "evaluate and save a moving average of the weights with this decay, 0.9999 in Table 11"
+        None, "evaluate and save a moving average of the weights with this decay, 0.9999 in Table 11", above=0, below=1
     )
 
     max_skipped_steps: int = setting(
-        0, "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits"
+        0,
+        "how many steps with a loss that is not finite are left out before the run stops; above 0 every step waits",
+        at_least=0,
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the model")
-    eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end")
+    eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end", above=0)
     eval_only: bool = setting(False, "judge model_name_or_path on the images that judge, and stop")
     output_dir: str = setting("runs/finetune", "the run folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mixup", "cutmix", "rand_augment_std"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be at least 0, but is {value}.")
-        for name in ("random_erasing", "mixup_switch"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must be a probability, but is {value}.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, but is {self.label_smoothing}.")
-        if not 0 <= self.rand_augment <= 10:
-            raise ValueError(f"rand_augment must lie between 0 and 10, but is {self.rand_augment}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be above 0 and at most 1, but is {self.layer_decay}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, but is {self.ema_decay}.")
-        if self.eval_every <= 0:
-            raise ValueError(f"eval_every must be above 0, but is {self.eval_every}.")
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("eval_only needs a model to judge: --model_name_or_path.")
 
@@ -379,50 +550,59 @@ class ProbeRecipe(LabelledRecipe):
         "linear",
         "linear, on the pooled features, with LARS; or attentive, on all tokens by cross-attention, with AdamW, which "
         "wants a base_lr about 1e-3 and a total_batch_size about 1024",
+        choices=("linear", "attentive"),
     )
     augment: bool = setting(
         True, "look at random crops, as in the paper; without, each feature is computed just once and used every epoch"
     )
-    crop_scale: list[float] = setting([0.08, 1.0], "random resized crop: smallest and largest share of the area")
-    pooling: str = setting("cls", "what a linear probe sees: cls, the class token, or mean of the patch tokens")
-    attention_heads: int = setting(8, "heads of an attentive probe")
-    knn_k: list[int] = setting(
-        [10, 20, 100, 200], "neighbours that vote; k-NN is low by nature for a masked autoencoder"
+    crop_scale: list[float] = setting(
+        [0.08, 1.0], "random resized crop: smallest and largest share of the area", above=0, at_most=1
     )
-    knn_temperature: float = setting(0.07, "of the votes, as in DINO")
+    pooling: str = setting(
+        "cls", "what a linear probe sees: cls, the class token, or mean of the patch tokens", choices=("mean", "cls")
+    )
+    attention_heads: int = setting(8, "heads of an attentive probe", at_least=1)
+    knn_k: list[int] = setting(
+        [10, 20, 100, 200], "neighbours that vote; k-NN is low by nature for a masked autoencoder", at_least=1
+    )
+    knn_temperature: float = setting(0.07, "of the votes, as in DINO", above=0)
 
-    total_batch_size: int = setting(16384, "images in one optimizer step, over all processes and accumulation")
-    epochs: int = setting(90, "passes over the images")
-    warmup_epochs: float = setting(10.0, "epochs in which the learning rate grows from 0")
+    paper_batch: ClassVar[int] = 16384
+    paper_warmup: ClassVar[tuple[int, int]] = (10, 90)
+    epochs: int = setting(90, "passes over the images", at_least=1)
     base_lr: float = setting(
-        0.1, "learning rate for 256 images; at the small batches of a small data set LARS wants 1 to 30: see base_lrs"
+        0.1,
+        "learning rate for 256 images; at the small batches of a small data set LARS wants 1 to 30: see base_lrs",
+        at_least=0,
     )
     base_lrs: list[float] | None = setting(
-        None, "several in place of base_lr, each with a head of its own, in one pass; selection_fraction chooses"
+        None,
+        "several in place of base_lr, each with a head of its own, in one pass; selection_fraction chooses",
+        at_least=0,
     )
     selection_fraction: float = setting(
-        0.1, "share of each class taken out of the training images to choose among base_lrs; the judging images don't"
+        0.1,
+        "share of each class taken out of the training images to choose among base_lrs; the judging images don't",
+        above=0,
+        below=1,
     )
-    weight_decay: float = setting(0.0, "of the probe's matrices")
-    momentum: float = setting(0.9, "of LARS")
+    weight_decay: float = setting(0.0, "of the probe's matrices", at_least=0)
+    momentum: float = setting(0.9, "of LARS", at_least=0, below=1)
     output_dir: str = setting("runs/probe", "the run folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.probe not in ("linear", "attentive"):
-            raise ValueError(f"probe must be 'linear' or 'attentive', but is {self.probe!r}.")
         if self.model_name_or_path is None:
             raise ValueError("A probe needs an encoder to look at: --model_name_or_path.")
-        if not 0 < self.selection_fraction < 1:
-            raise ValueError(f"selection_fraction must lie between 0 and 1, but is {self.selection_fraction}.")
         if self.base_lrs is not None and len(set(self.base_lrs)) < max(2, len(self.base_lrs)):
             raise ValueError(f"base_lrs must be several learning rates, but is {self.base_lrs}: base_lr is for one.")
         if self.base_lrs is not None and self.streaming:
             raise ValueError("A stream cannot be divided by class to choose among base_lrs: leave streaming out.")
-        if self.probe == "attentive" and max(self.effective_lrs) > 0.1:
+        highest = max(self.all_base_lrs if self.total_batch_size is None else self.effective_lrs)
+        if self.probe == "attentive" and highest >= 0.1:
             raise ValueError(
-                f"An effective learning rate of {max(self.effective_lrs):.3g} is one of LARS, and an attentive probe "
-                f"is trained with AdamW: set --base_lr 1e-3 --total_batch_size 1024, for instance."
+                f"A learning rate of {highest:.3g} is one of LARS, and an attentive probe is trained with AdamW: set "
+                f"--base_lr 1e-3, for instance."
             )
         for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "license"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
@@ -435,7 +615,8 @@ class ProbeRecipe(LabelledRecipe):
 
     @property
     def effective_lrs(self) -> list[float]:
-        """The peak learning rates of all probes, by the linear scaling rule."""
+        """The peak learning rates of all probes of a recipe that is `fitted`, by the linear scaling rule."""
+        assert self.total_batch_size is not None
         return [base_lr * self.total_batch_size / 256 for base_lr in self.all_base_lrs]
 
 
@@ -467,9 +648,117 @@ MAY_CHANGE = frozenset(
 )
 
 
-class _Parser(HfArgumentParser):
+# What `--help` shows first, and under which headings the rest; a setting that is in none of them comes last.
+HEADINGS = {
+    "what people change first": (
+        "dataset model_name_or_path eval_split eval_fraction size image_size epochs total_batch_size base_lr "
+        "mask_ratio augment base_lrs output_dir push_to_hub"
+    ),
+    "the images": (
+        "split eval_dataset image_column label_column num_labels labels_per_class streaming shuffle_buffer "
+        "images_per_epoch num_channels image_mean image_std center_crop"
+    ),
+    "what is done to an image": (
+        "crop_scale horizontal_flip repeated_augmentation reduced_decoding rand_augment rand_augment_std "
+        "random_erasing mixup cutmix mixup_switch label_smoothing"
+    ),
+    "the model": (
+        "patch_size hidden_size num_hidden_layers num_attention_heads decoder_hidden_size decoder_num_hidden_layers "
+        "decoder_num_attention_heads decoder_type prediction_ratio norm_pix_loss mask_tokens_in_encoder pooling "
+        "drop_path_rate freeze probe attention_heads knn_k knn_temperature"
+    ),
+    "the optimisation": (
+        "warmup_epochs min_lr weight_decay adam_beta1 adam_beta2 momentum layer_decay max_grad_norm ema_decay "
+        "selection_fraction seed"
+    ),
+    "how it runs": "",
+    "the Hub": "hub_model_id hub_private_repo hub_revision hub_push_every_checkpoint license",
+}
+
+
+def _may_be_unset(one: "Field[Any]") -> bool:
+    return type(None) in get_args(one.type)
+
+
+def _kind(one: "Field[Any]") -> Any:
+    """The type of a setting without its `| None`."""
+    kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+    return next(kind for kind in kinds if kind is not type(None))
+
+
+def _truth(word: str) -> bool:
+    truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if word.lower() not in truth:
+        raise argparse.ArgumentTypeError(f"must be true or false, but is {word!r}")
+    return truth[word.lower()]
+
+
+def _converter(one: "Field[Any]") -> Callable[[str], Any]:
+    kind = get_args(_kind(one))[0] if get_origin(_kind(one)) is list else _kind(one)
+    convert = {bool: _truth}.get(kind, kind)
+
+    def converted(word: str) -> Any:
+        return None if word.lower() == "none" and _may_be_unset(one) else convert(word)
+
+    converted.__name__ = kind.__name__  # which argparse names in an error
+    return converted
+
+
+class _Parser(argparse.ArgumentParser):
+    recipe_folder = RECIPES
+
+    def format_help(self) -> str:
+        lines = [f"  {path.stem:<24} {_first_line(path)}" for path in sorted(self.recipe_folder.glob("*.yaml"))]
+        self.epilog = "\n".join(["recipes:", *lines])
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[:1].upper()}{message[1:]}. --help lists every setting.")
+
+
+def _parser(recipe_class: type[Recipe], recipe_folder: Path) -> _Parser:
+    parser = _Parser(
+        allow_abbrev=False,
+        usage="%(prog)s [--recipe NAME] [--SETTING VALUE ...]",
+        description=f"{recipe_class.__doc__}\nA setting that has no default is unset by the word none.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.recipe_folder = recipe_folder
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="a YAML file of settings, or the name of a recipe; they are listed at the end"
+    )
+    groups = {heading: parser.add_argument_group(heading) for heading in HEADINGS}
+    by_name = {one.name: one for one in fields(recipe_class)}
+    sorted_names = [(name, heading) for heading, names in HEADINGS.items() for name in names.split()]
+    placed = {name for name, _ in sorted_names}
+    sorted_names += [(name, "how it runs") for name in by_name if name not in placed]
+    for name, heading in sorted_names:
+        if name in by_name:
+            _add(groups[heading], by_name[name])
+    return parser
+
+
+def _add(group: Any, one: "Field[Any]") -> None:
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    words = " ".join(map(str, default)) if isinstance(default, list) else default
+    shown = "" if default is None else f" (default: {str(words).lower() if _kind(one) is bool else words})"
+    more: dict[str, Any] = {"metavar": "VALUE"}
+    if get_origin(_kind(one)) is list:
+        more |= {"nargs": "+"}
+    elif _kind(one) is bool:
+        more |= {"nargs": "?", "const": True}
+    help = one.metadata["help"].replace("%", "%%") + shown
+    group.add_argument(f"--{one.name}", type=_converter(one), default=argparse.SUPPRESS, help=help, **more)
+
+
+def _with_underscores(word: str) -> str:
+    """--base-lr=1 as --base_lr=1."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].strip("# ")
 
 
 def parse_recipe(
@@ -477,46 +766,95 @@ def parse_recipe(
 ) -> RecipeType:
     """The recipe of a command line: the class's defaults, then `--recipe FILE.yaml`, then the other arguments.
 
+    A setting that may be `None` is unset by the word none, and by null in a file.
+
     Args:
         recipe_class: one of the recipe dataclasses.
         arguments: the command line; `None` means the program's own.
-        recipe_folder: where `--recipe NAME` is looked for, as NAME.yaml, when it is not a path.
+        recipe_folder: where `--recipe NAME` is looked for, as NAME.yaml, when it is not a path; else `RECIPES`.
 
     Raises:
-        ValueError: an unknown key, named with the nearest known one, or a value of the wrong type.
+        ValueError: an unknown setting, named with the nearest known one; a value of the wrong type or outside its
+            range; settings that contradict each other; a recipe file that is not one.
     """
-    known = [f.name for f in fields(recipe_class)]
-    parser = _Parser(recipe_class, allow_abbrev=False, description=recipe_class.__doc__)  # type: ignore[arg-type]
-    parser.add_argument("--recipe", help="a YAML file of settings, or the name of one in the folder of recipes")
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    by_name = {one.name: one for one in fields(recipe_class)}
+    parser = _parser(recipe_class, recipe_folder or RECIPES)
+    words = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     chosen, _ = parser.parse_known_args(words)
     if chosen.recipe is not None:
         # The file becomes words in front of the command line: one parser converts and refuses both, the last word wins.
-        words = _as_arguments(find_recipe(chosen.recipe, recipe_folder), known) + words
-    recipe, _, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        words = _as_arguments(find_recipe(chosen.recipe, recipe_folder or RECIPES), by_name) + words
+    chosen, unknown = parser.parse_known_args(words)
     if unknown:
         key = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"{unknown[0]!r} is no setting. {nearest(key, known)}")
-    return recipe
+        raise ValueError(f"{unknown[0]!r} is an unknown setting. {nearest(key, list(by_name))}")
+    settings = {name: value for name, value in vars(chosen).items() if name != "recipe"}
+    for name, value in settings.items():
+        if isinstance(value, list) and None in value:
+            if len(value) > 1:
+                raise ValueError(f"{name} is either none or numbers, but is both.")
+            settings[name] = None
+    return recipe_class(**settings)
 
 
-def _as_arguments(path: Path, known: list[str]) -> list[str]:
-    settings = yaml.safe_load(path.read_text()) or {}
+def _as_arguments(path: Path, known: "dict[str, Field[Any]]") -> list[str]:
+    """The settings of a file as words of a command line.
+
+    The words are those of the file, without YAML's own ideas of what `no` or `1e-4` is, and nothing is built from them.
+
+    Raises:
+        ValueError: with the file and the line.
+    """
+
+    def refuse(node: yaml.Node, sentence: str) -> NoReturn:
+        raise ValueError(f"{path}, line {node.start_mark.line + 1}: {sentence}")
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: this is not YAML: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: this is not YAML: {str(error).splitlines()[0]}.") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        refuse(root, "a recipe is made of lines such as `epochs: 100`, and this is something else.")
     words: list[str] = []
-    for key, value in settings.items():
+    lines: dict[str, int] = {}
+    for key_node, value_node in root.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         if key not in known:
-            raise ValueError(f"{path.name} sets {key!r}, which is no setting. {nearest(key, known)}")
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{key}={value}"]
+            refuse(
+                key_node,
+                f"{key if key is not None else 'this'!r} is an unknown setting. {nearest(str(key), list(known))}",
+            )
+        if key in lines:
+            refuse(key_node, f"{key} is set for the second time, after line {lines[key]}.")
+        lines[key] = key_node.start_mark.line + 1
+        is_list = get_origin(_kind(known[key])) is list
+        nodes = value_node.value if is_list and isinstance(value_node, yaml.SequenceNode) else [value_node]
+        if not nodes or not all(isinstance(node, yaml.ScalarNode) for node in nodes):
+            refuse(
+                value_node,
+                f"{key} takes {'one value or a list of values' if is_list else 'one value'}, and this is not.",
+            )
+        values = [_word(node) for node in nodes]
+        if values == ["none"] and not _may_be_unset(known[key]) and _kind(known[key]) is not str:
+            refuse(value_node, f"{key} cannot be left without a value.")
+        words += [f"--{key}", *values] if is_list else [f"--{key}={values[0]}"]
     return words
+
+
+def _word(node: yaml.ScalarNode) -> str:
+    is_null = node.style is None and node.value.lower() in ("", "~", "null")
+    return "none" if is_null else node.value
 
 
 def find_recipe(name: str, folder: Path | None) -> Path:
     """The file of `--recipe NAME`: a path, or the name of a recipe in `folder`."""
-    if Path(name).is_file():
-        return Path(name)
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
     names = sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
     if folder is None or name not in names:
         raise ValueError(f"There is no recipe file {name!r}, nor a recipe of that name. {nearest(name, names)}")
@@ -526,3 +864,73 @@ def find_recipe(name: str, folder: Path | None) -> Path:
 def as_yaml(recipe: Any, without: Sequence[str] = ()) -> str:
     """The recipe as a YAML file that `--recipe` takes, `without` some of its settings."""
     return yaml.safe_dump({k: v for k, v in asdict(recipe).items() if k not in without}, sort_keys=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line of a script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_recipe(
+    recipe_class: type[RecipeType], arguments: Sequence[str] | None = None, default: str | None = None
+) -> RecipeType:
+    """The recipe of a script's command line, refused if it names what is not on this machine; see `parse_recipe`.
+
+    Args:
+        recipe_class: one of the recipe dataclasses.
+        arguments: the command line; `None` means the program's own.
+        default: the recipe where the command line names neither one nor a data set.
+
+    Raises:
+        ValueError: as `parse_recipe`; or a path, a tracker or an attention that is not there.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if default is not None and not {word.split("=")[0] for word in words} & {"--recipe", "--dataset", "--help", "-h"}:
+        words = ["--recipe", default, *words]
+    recipe = parse_recipe(recipe_class, words)
+    for name in ("model_name_or_path", "dataset", "eval_dataset"):
+        path = getattr(recipe, name, None)
+        if path is not None and looks_local(path) and not Path(path).exists():
+            raise ValueError(f"{name} {path!r} is a path, and there is nothing of that name.{_how_to_make(path)}")
+    packages = TRACKERS.get(recipe.report_to, ())
+    if packages and not any(map(find_spec, packages)):
+        raise ValueError(f"report_to {recipe.report_to} needs a package that is not there: pip install {packages[0]}.")
+    if (recipe.attn_implementation or "").startswith("flash_attention"):
+        wanted = {"flash_attention_3": "flash_attn_interface"}.get(recipe.attn_implementation or "", "flash_attn")
+        if not find_spec(wanted) and not find_spec("kernels"):
+            raise ValueError(
+                f"attn_implementation {recipe.attn_implementation} needs the package {wanted}, or kernels, and neither "
+                f"is there; sdpa and eager need none."
+            )
+    return recipe
+
+
+def looks_local(name: str) -> bool:
+    """Whether the name of a model or of a data set can only be a path: on the Hub it would be `name` or `user/name`."""
+    if "://" in name or any(character in name for character in "*?[{"):
+        return False
+    return name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1 or "\\" in name
+
+
+def _how_to_make(path: str) -> str:
+    """The recipe that makes a run folder, as a sentence, or ""."""
+    for file in sorted(RECIPES.glob("*.yaml")):
+        text = file.read_text()
+        if f"\noutput_dir: {path.rstrip('/')}\n" in text:
+            script = "run_linear_probe" if "probe" in file.stem else "run_pretrain"
+            script = "run_finetune" if "\neval_" in text and script == "run_pretrain" else script
+            return f" To make it: accelerate launch examples/{script}.py --recipe {file.stem}"
+    return ""
+
+
+def check_command_line(recipe_class: str, default: str | None = None) -> None:
+    """End a script at once, with a sentence, if its command line cannot be right; see `read_recipe`.
+
+    A script runs this file for it before it imports anything that takes seconds.
+    """
+    try:
+        read_recipe(globals()[recipe_class], default=default)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(1)
