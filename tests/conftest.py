@@ -5,6 +5,7 @@ huggingface_hub reads its settings when it is imported, so they are set before.
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,16 @@ def same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Whatever a script listens to in this process: Ctrl-C should end the tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

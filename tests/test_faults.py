@@ -29,11 +29,14 @@ from mae_hf.training.faults import STOPPED, check_launcher
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SCRIPT = str(Path(run_pretrain.__file__))
-SMALL = [
+SMALL_ENCODER = [
     *("--image_size", "16", "--patch_size", "4", "--hidden_size", "32", "--num_hidden_layers", "2"),
-    *("--num_attention_heads", "2", "--decoder_hidden_size", "16", "--decoder_num_hidden_layers", "1"),
-    *("--decoder_num_attention_heads", "2", "--total_batch_size", "4", "--warmup_epochs", "1", "--num_workers", "0"),
+    *("--num_attention_heads", "2", "--total_batch_size", "4", "--warmup_epochs", "1", "--num_workers", "0"),
     *("--base_lr", "0.01"),
+]
+SMALL = [
+    *SMALL_ENCODER,
+    *("--decoder_hidden_size", "16", "--decoder_num_hidden_layers", "1", "--decoder_num_attention_heads", "2"),
 ]
 LONG = ["--epochs", "4000", "--log_every", "5", "--save_every", "10"]  # ten thousand steps of four images
 
@@ -126,6 +129,249 @@ def test_signal__metrics_and_weights_go_on_as_if_undisturbed(
     assert stopped.value.code == STOPPED
     assert losses(pretrain(photos, tmp_path / "run", *words)) == losses(undisturbed)
     assert weights_are_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def start_group(words: list[str]) -> subprocess.Popen[str]:
+    """A process in a group of its own, with an environment by which all of its own processes are found."""
+    # A shell that runs the tests in its background has all of them ignore SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RUN_OF_A_TEST": words[-1]}
+    try:
+        return subprocess.Popen(
+            [sys.executable, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def processes_of(words: list[str]) -> list[psutil.Process]:
+    """All that live of what `start_group` has started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RUN_OF_A_TEST") == words[-1] and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def all_are_gone(words: list[str], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while processes_of(words):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [worker for server in process.children() for worker in server.children()]
+
+
+def assert_stopped(process: subprocess.Popen[str], words: list[str], run: Path) -> None:
+    """Code 75, one sentence, the checkpoint that it names, and no process any more."""
+    rest = output_of(process)
+    assert process.returncode == STOPPED, rest
+    assert "Traceback" not in rest
+    (stopped,) = re.findall(r"Stopped by a signal after step (\d+), with a checkpoint: start again to go on.\n$", rest)
+    assert (run / "checkpoints" / f"step-{int(stopped):08d}" / "checksums.json").exists()
+    assert all_are_gone(words, 5)
+
+
+def test_signal__to_every_process_leaves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [
+        SCRIPT,
+        *arguments(photos, run, *LONG, "--save_every", "100000", "--num_workers", "2"),
+        f"--output_dir={run}",
+    ]
+    process = start_group(words)
+    wait_for(process, "step 15/")
+    os.killpg(process.pid, signal.SIGINT)
+    assert_stopped(process, words, run)
+
+
+@pytest.mark.slow
+def test_signal__while_a_worker_hangs_leaves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [SCRIPT, *arguments(photos, run, *LONG, "--num_workers", "2"), f"--output_dir={run}"]
+    process = start_group(words)
+    wait_for(process, "step 15/")
+    for worker in workers_of(psutil.Process(process.pid)):
+        worker.suspend()
+    time.sleep(3)  # until no batch is left that was loaded before
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(process, words, run)
+
+
+def test_signal__is_heeded_with_a_checkpoint_after_each_step(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    when_step(5, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(photos, tmp_path / "run", "--epochs", "8", "--save_every", "1")
+    assert stopped.value.code == STOPPED
+    assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step-00000005"
+
+
+@pytest.mark.parametrize("evaluation", [2, 4])  # the fourth is that of the last step
+def test_signal__an_evaluation_that_was_broken_off_is_done_later(
+    evaluation: int, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finetune(run: Path) -> list[dict]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ("--dataset", str(pets), *SMALL_ENCODER, "--eval_fraction", "0.25", "--epochs", "4")
+        try:
+            run_finetune.main([*words, "--mixup", "0", "--cutmix", "0", "--output_dir", str(run)])
+        finally:
+            finish_writing()
+        return [{k: v for k, v in record.items() if k in ("step", "loss", "eval_loss")} for record in metrics(run)]
+
+    def predict(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(evaluations) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    whole = finetune(tmp_path / "whole")
+    original, evaluations = run_finetune.predict, iter(range(1, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_finetune, "predict", predict)
+        with pytest.raises(SystemExit) as stopped:
+            finetune(tmp_path / "run")
+    assert stopped.value.code == STOPPED
+    assert sum("eval_loss" in record for record in metrics(tmp_path / "run")) == evaluation - 1
+    assert finetune(tmp_path / "run") == whole
+    assert weights_are_equal(tmp_path / "run", tmp_path / "whole")
+    assert weights_are_equal(tmp_path / "run" / "best", tmp_path / "whole" / "best")
+
+
+def test_signal__bad_images_seen_before_stay_listed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(photos, tmp_path / "photos")
+    (folder / "0.png").write_bytes(b"")
+    words = ("--epochs", "4", "--log_every", "10", "--max_skipped_images", "0.5")
+    pretrain(folder, tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        when_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(SystemExit):
+            pretrain(folder, tmp_path / "run", *words)
+    pretrain(folder, tmp_path / "run", *words)
+    assert skipped(tmp_path / "run") == skipped(tmp_path / "whole")
+
+
+PATCHED = "import os, run_pretrain, signal, sys, time; from mae_hf.training.faults import run_script; "
+
+
+def start_patched(patch: str, words: list[str]) -> subprocess.Popen[str]:
+    """The script with something in it replaced."""
+    examples = f"sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); "
+    return start_group(["-c", f"import sys; {examples}{PATCHED}{patch}; run_script(run_pretrain.main)", *words])
+
+
+@pytest.mark.slow
+def test_interrupted_twice__ends_at_once(photos: Path, tmp_path: Path) -> None:
+    words = arguments(
+        photos, tmp_path / "run", *LONG, "--save_every", "100000", "--num_workers", "1", f"--output_dir={tmp_path}"
+    )
+    process = start_patched(
+        "run_pretrain.RunFolder.save = lambda *arguments: (print('saving', flush=True), time.sleep(99))", words
+    )
+    wait_for(process, "step 15/")
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(process, "saving")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = output_of(process, timeout=30)
+    assert process.returncode == 130, rest
+    assert "Interrupted twice, and ended at once.\n" in rest
+    assert "Traceback" not in rest
+    assert all_are_gone(words, 5)
+
+
+@pytest.mark.slow
+def test_signal__before_the_first_step_is_a_sentence(photos: Path, tmp_path: Path) -> None:
+    process = start_patched(
+        f"run_pretrain.open_source = lambda *arguments: os.kill(os.getpid(), {int(signal.SIGINT)})",
+        arguments(photos, tmp_path / "run"),
+    )
+    output = output_of(process)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert output.endswith("Stopped by SIGINT before the first step: nothing is lost, and nothing was saved.\n")
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_killed_run__its_workers_end(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [SCRIPT, *arguments(photos, run, *LONG, "--num_workers", "2"), f"--output_dir={run}"]
+    process = start_group(words)
+    wait_for(process, "step 15/")
+    assert len(workers_of(psutil.Process(process.pid))) == 2
+    process.kill()
+    assert all_are_gone(words, 10)
+    process.communicate()  # nobody holds the pipe
+
+
+@pytest.mark.slow
+def test_launcher_dies__the_run_stops_with_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT]
+    words = [*launch, *arguments(photos, run, *LONG, "--save_every", "100000"), f"--output_dir={run}"]
+    process = start_group(words)
+    wait_for(process, "step 15/")
+    process.kill()
+    rest = output_of(process)  # of the run, which has the same pipe
+    assert "with a checkpoint: start again to go on." in rest
+    assert all_are_gone(words, 5)
+
+
+@pytest.mark.slow
+def test_torchrun__does_not_start_again_what_was_told_to_stop(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*TORCHRUN, "3", SCRIPT, *arguments(photos, run, *LONG, "--save_every", "100000"), f"--output_dir={run}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        process = start_group(words)
+    wait_for(process, "step 15/")
+    script_processes = [p for p in psutil.Process(process.pid).children() if SCRIPT in p.cmdline()]
+    script_processes[-1].terminate()
+    rest = output_of(process)
+    assert rest.count("Stopped by a signal after step") == 1
+    assert "resume    " not in rest
+    assert all_are_gone(words, 5)
+
+
+WINDOWS = """
+import multiprocessing, os, shutil, signal
+for name in ("SIGUSR1", "pthread_sigmask"):
+    delattr(signal, name)
+multiprocessing.context._concrete_contexts.pop("forkserver")
+multiprocessing.get_all_start_methods = lambda: ["spawn"]
+posix_open = os.open
+def windows_open(path, flags, *others, **named):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return posix_open(path, flags, *others, **named)
+os.open = windows_open
+shutil._use_fd_functions = False
+"""
+
+
+@pytest.mark.slow
+def test_windows__what_it_lacks_is_not_needed(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WINDOWS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = start([SCRIPT, *arguments(photos, tmp_path / "run", "--epochs", "4", "--num_workers", "1")])
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,8 +162,8 @@ class StopSignal:
             distributed.barrier(self.group)  # type: ignore[arg-type]
         step = self.progress.step
         self.accelerator.print(f"Stopped by a signal after step {step}, with a checkpoint: start again to go on.")
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and self.accelerator.is_local_main_process:
-            assert self.launcher is not None
+        has_restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        if has_restarts and self.launcher is not None and self.accelerator.is_local_main_process:
             self.launcher.terminate()  # torchrun would start again what has been told to stop
         self.accelerator.end_training()
         raise Stopped(STOPPED)

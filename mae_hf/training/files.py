@@ -20,6 +20,12 @@ def whole_lines(file: Path) -> list[str]:
 
 
 def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until the disk has a file, or the names in a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return  # Windows opens none
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
