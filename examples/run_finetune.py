@@ -16,6 +16,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
+from typing import NoReturn
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
     recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
@@ -52,12 +53,17 @@ EXAMPLES = Path(__file__).resolve().parent
 CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_finetune.md"
 
 
-def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> MAEForImageClassification:
-    """The encoder of the recipe's checkpoint under a new head, or a model from scratch.
+def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForImageClassification, bool]:
+    """The encoder of the recipe's checkpoint under a head, or a model from scratch; and whether the head is new.
 
-    A checkpoint that is a classifier already keeps its head, if it has the same classes in the same order.
+    A checkpoint that is a classifier already keeps its head, if it has the same classes in the same order, or as many
+    without names (LABEL_0, ...).
+
+    Raises:
+        ValueError: the checkpoint is only to be evaluated, and has no head for these classes.
     """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    is_new_head = True
     if recipe.model_name_or_path is None:
         model = MAEForImageClassification(recipe.config(**labels))
     else:
@@ -69,23 +75,29 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> MAEForImageCl
         had_head = "classifier.weight" not in {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
         if recipe.eval_only and not had_head:
             raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
-        if had_head:
-            refuse_other_labels(list(before.id2label.values()), label_names)
+        of_head = list(before.id2label.values())
+        has_other_head = of_head not in (label_names, [f"LABEL_{number}" for number in range(len(label_names))])
+        is_new_head = not had_head or has_other_head
+        if had_head and has_other_head:
+            if recipe.eval_only:
+                refuse_other_labels(of_head, label_names)
+            head = type(model.classifier)(config.hidden_size, config.num_labels)
+            model._init_weights(head)
+            model.classifier = head.to(model.dtype)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return model
+    return model, is_new_head
 
 
-def refuse_other_labels(of_model: list[str], of_data: list[str]) -> None:
-    """A head that has learned other classes, or the same in another order, would be judged and trained wrongly."""
-    if of_model != of_data:
-        order = "the same classes in another order" if sorted(of_model) == sorted(of_data) else "other classes"
-        raise ValueError(
-            f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
-            f"classes as the checkpoint has them, or start from the pre-trained encoder to train a new head."
-        )
+def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
+    """A head that has learned other classes, or the same in another order, would be judged wrongly."""
+    order = "the same classes in another order" if sorted(of_model) == sorted(of_data) else "other classes"
+    raise ValueError(
+        f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
+        f"classes as the checkpoint has them, or train a new head by leaving eval_only out."
+    )
 
 
 def sentence(metrics: ClassificationMetrics) -> str:
@@ -115,10 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     with accelerator.main_process_first():  # the others find what it has written to the cache
         source, judges = open_labelled(recipe)
-    label_names = source.label_names or []
+    label_names = source.label_names
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
-    model = build_model(recipe, label_names)
+    model, is_new_head = build_model(recipe, label_names)
     config = model.config
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
     recipe = folder.recipe
@@ -195,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
     say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
     say(f"model     {parameters:,} parameters, {trained:,} of them trained")
-    say(f"weights   {recipe.model_name_or_path or 'new'}")
+    say(f"weights   {recipe.model_name_or_path or 'new'}, with {'a new head' if is_new_head else 'its head'}")
     say(f"device    {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
     say(
         f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "

@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         selection = None
         if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered
             source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
-    label_names = source.label_names or []
+    label_names = source.label_names
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)

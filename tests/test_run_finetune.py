@@ -164,9 +164,8 @@ def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path)
         (renamed / new).mkdir(parents=True)
         for path in (pets / old).iterdir():
             (renamed / new / path.name).symlink_to(path)
-    for extra in ([], ["--eval_only", "true"]):
-        with pytest.raises(ValueError, match=r"is a classifier of \['cat', 'dog', 'eel'\], and the images have other"):
-            finetune(renamed, tmp_path / "run", tmp_path / "other", *extra)
+    with pytest.raises(ValueError, match=r"is a classifier of \['cat', 'dog', 'eel'\], and the images have other"):
+        finetune(renamed, tmp_path / "run", tmp_path / "other", "--eval_only", "true")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["id2label"] = {"0": "eel", "1": "dog", "2": "cat"}
     config["label2id"] = {"eel": 0, "dog": 1, "cat": 2}
@@ -175,6 +174,26 @@ def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path)
         finetune(pets, tmp_path / "run", tmp_path / "other", "--eval_only", "true")
     with pytest.raises(ValueError, match="has no head for 3 classes"):
         finetune(pets, checkpoint, tmp_path / "other", "--eval_only", "true")
+
+
+@pytest.mark.parametrize("names", ["of_others", "placeholders"])
+def test_other_labels__train_a_new_head_unless_the_old_has_no_names(
+    names: str, pets: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    old = MAEForImageClassification.from_pretrained(checkpoint, num_labels=3)
+    torch.nn.init.normal_(old.classifier.weight)
+    if names == "of_others":
+        old.config.id2label = {0: "cat", 1: "dog", 2: "fox"}
+        old.config.label2id = {"cat": 0, "dog": 1, "fox": 2}
+    old.save_pretrained(tmp_path / "old")
+    finetune(pets, tmp_path / "old", tmp_path / "run", "--epochs", "1", "--base_lr", "1e-9")
+    new = MAEForImageClassification.from_pretrained(tmp_path / "run")
+    assert new.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    is_kept = torch.allclose(new.classifier.weight, old.classifier.weight, atol=1e-4)
+    assert is_kept == (names == "placeholders")
+    assert is_kept or new.classifier.weight.std() < 1e-4
+    assert f"with {'its' if is_kept else 'a new'} head" in capsys.readouterr().out
 
 
 def test_refusals(pets: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from .augment import Mixing, SmallestCrop
 from .decode import PIL_MODES, BadImageError, open_image, printable
+from .labels import Classes
 from .sources import ImageSource, image_order, seed_of
 from .workers import Loader
 
@@ -334,20 +335,22 @@ class LabelledImages(Samples):
         self, source: ImageSource, transform: v2.Transform, num_channels: int, seed: int, mixing: Mixing | None = None
     ) -> None:
         super().__init__(source, transform, num_channels, seed)
-        self.mixing = mixing
+        self.classes, self.mixing = source.classes or Classes([]), mixing
 
     def decode(self, row: dict[str, Any]) -> Image.Image:
         """As for all samples; and a label that is missing or no class is refused like an image that cannot be read."""
-        label, classes = row["label"], len(self.source.label_names or [])
-        if not isinstance(label, int | float) or label not in range(classes):
+        if self.classes.number_of(row["label"]) is None:
+            known = self.classes.numbers or range(len(self.classes.names))
+            first, *_, last = [*known] * 2
             raise BadImageError(
-                f"{name_of(row)} has the label {label!r}, but the classes are the numbers 0 to {classes - 1}."
+                f"{name_of(row)} has the label {row['label']!r}, but the classes are {first!r} to {last!r}."
             )
         return super().decode(row)
 
     def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
-        label = PADDING if key.epoch == PADDING else row["label"]
-        sample = {"pixel_values": self.transform(image), "label": torch.tensor(int(label))}
+        number = None if key.epoch == PADDING else self.classes.number_of(row["label"])
+        label = torch.tensor(PADDING if number is None else number)
+        sample = {"pixel_values": self.transform(image), "label": label}
         if self.mixing is not None:
             height, width = sample["pixel_values"].shape[1:]
             sample["mix"] = self.mixing.draw(height, width)
@@ -358,7 +361,7 @@ class JudgingImages(LabelledImages):
     """Images that judge a model: one that cannot be read is left out of the count, rather than replaced."""
 
     def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Image.Image]:
-        return {"label": PADDING}, Image.new(PIL_MODES[self.num_channels], (8, 8))
+        return {"label": None}, Image.new(PIL_MODES[self.num_channels], (8, 8))
 
 
 def batches(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..configuration_mae import nearest
+from .labels import Classes, find_classes
 from .recipe import LabelledRecipe
 
 # The builders of `datasets` that read local files other than plain images, by the ending of the file.
@@ -27,9 +28,9 @@ class ImageSource:
     """Encoded images, to be had by index or as a stream.
 
     name: what a model card calls it; never a path of this machine.
-    images: a column "image" of {"bytes", "path"}, not decoded; where labels were asked for, a column "label" of ints.
+    images: a column "image" of {"bytes", "path"}, not decoded; where labels were asked for, a column "label".
     length: number of images, or None for a stream that does not know.
-    label_names: what the labels mean, or None where they were not asked for.
+    classes: what the labels mean, or None where they were not asked for.
     fingerprint: which images these are, wherever they lie: {"images": number, "names": hash of the sorted names of the
         files below the folder, or of what else identifies the data set}; nothing is read for it, so a picture that
         was edited in place is not seen. Of a stream the number may be None. It stays that of the whole data set where
@@ -39,13 +40,18 @@ class ImageSource:
     name: str
     images: datasets.Dataset | datasets.IterableDataset
     length: int | None
-    label_names: list[str] | None = None
+    classes: Classes | None = None
     fingerprint: dict[str, Any] | None = None
 
     @property
     def is_stream(self) -> bool:
         """Whether images come only one after the other."""
         return isinstance(self.images, datasets.IterableDataset)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the classes; none where labels were not asked for."""
+        return self.classes.names if self.classes is not None else []
 
 
 def open_source(
@@ -79,10 +85,10 @@ def open_source(
         raise ValueError(f"The images of {dataset!r} (split {split!r}) cannot be opened: {error}") from error
     column = _image_column(loaded.features, dataset, image_column)
     names = {column: "image"}
-    label_names = None
+    classes = None
     if labelled:
         label_column = _label_column(loaded.features, dataset, label_column)
-        loaded, label_names = _with_class_names(loaded, label_column, dataset, num_labels)
+        classes = find_classes(loaded, label_column, dataset, num_labels)
         names[label_column] = "label"
     images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
     images = images.rename_columns({old: new for old, new in names.items() if old != new})
@@ -94,7 +100,7 @@ def open_source(
     if length == 0 or next(iter(images), None) is None:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
     fingerprint = {"images": length or None, "names": _names_hash(images, dataset)}
-    return ImageSource(name, images, length or None, label_names, fingerprint)
+    return ImageSource(name, images, length or None, classes, fingerprint)
 
 
 def _names_hash(images: Any, dataset: str) -> str:
@@ -219,33 +225,20 @@ def _label_column(features: datasets.Features | None, dataset: str, wanted: str 
     return found[0]
 
 
-def _with_class_names(loaded: Any, column: str, dataset: str, num_labels: int | None) -> tuple[Any, list[str]]:
-    """The data set with labels 0, 1, ... in `column`, and their names."""
-    feature = (loaded.features or {}).get(column)
-    if not isinstance(feature, datasets.ClassLabel):
-        if isinstance(loaded, datasets.Dataset):
-            loaded = loaded.class_encode_column(column)  # numbers and words, sorted
-        elif num_labels is not None:
-            return loaded, [str(number) for number in range(num_labels)]
-        else:
-            raise ValueError(
-                f"The stream {dataset!r} does not say what its labels are: give --num_labels where they are numbers "
-                f"from 0, or read it without --streaming."
-            )
-    names = list(loaded.features[column].names)
-    if isinstance(loaded, datasets.Dataset) and min(loaded[column], default=0) < 0:
-        raise ValueError(f"The labels of {dataset!r} are hidden (-1), as in the test split of many benchmarks.")
-    return loaded, names
-
-
 def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
-    """Divide labelled images into two, `fraction` of each class in the second, at least one; a function of the seed."""
+    """Divide labelled images into two, `fraction` of each class in the second; a function of the seed.
+
+    A class has at least one image on both sides; one that has a single image is only trained.
+
+    Raises:
+        ValueError: no class has two.
+    """
     held: list[int] = []
     for members in _shuffled_classes(source, seed):
-        held += members[: max(1, round(fraction * len(members)))] if members else []
+        held += members[: min(max(1, round(fraction * len(members))), len(members) - 1)]
     kept = sorted(set(range(len(source.images))) - set(held))
-    if not kept:
-        raise ValueError(f"Nothing is left to train on: {source.name} has {len(held)} images, one of each class.")
+    if not held:
+        raise ValueError(f"Nothing is left to evaluate on: {source.name} has no class of two images.")
     return select(source, kept), select(source, sorted(held))
 
 
@@ -258,7 +251,7 @@ def few_labels(source: ImageSource, per_class: int, seed: int) -> ImageSource:
     chosen: list[int] = []
     for label, members in enumerate(_shuffled_classes(source, seed)):
         if len(members) < per_class:
-            name = (source.label_names or [])[label]
+            name = source.label_names[label]
             raise ValueError(f"labels_per_class is {per_class}, but there are {len(members)} images of {name!r}.")
         chosen += members[:per_class]
     return select(source, sorted(chosen))
@@ -281,16 +274,17 @@ def image_order(length: int, seed: int, epoch: int) -> Tensor:
 
 def _shuffled_classes(source: ImageSource, seed: int) -> list[list[int]]:
     """The indices of each class in an order that depends on the seed alone."""
-    labels = torch.tensor(source.images["label"][:])
+    assert source.classes is not None
+    labels = torch.from_numpy(source.classes.numbers_of(source.images))
     order = image_order(len(labels), seed, epoch=0)
-    return [order[labels[order] == label].tolist() for label in range(len(source.label_names or []))]
+    return [order[labels[order] == label].tolist() for label in range(len(source.label_names))]
 
 
 def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     """The images that a recipe trains on, and those that judge.
 
     Raises:
-        ValueError: see `open_source`, `hold_out` and `few_labels`; or the two don't have the same classes.
+        ValueError: see `open_source`, `hold_out` and `few_labels`; or those that judge have other classes.
     """
 
     def labelled(dataset: str, split: str) -> ImageSource:
@@ -303,11 +297,14 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
         train, judges = hold_out(train, recipe.eval_fraction, recipe.seed)
     else:
         judges = labelled(recipe.eval_dataset or recipe.dataset, recipe.eval_split or recipe.split)
-    if judges.label_names != train.label_names:
-        raise ValueError(
-            f"The images that train have the classes {train.label_names}, those that judge {judges.label_names}: both "
-            f"need the same, in the same order."
-        )
+    if judges.classes is not None and judges.label_names != train.label_names:
+        try:
+            judges = replace(judges, classes=judges.classes.renumbered(train.label_names))
+        except ValueError as error:
+            raise ValueError(
+                f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
+                f"{train.label_names}."
+            ) from error
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, judges

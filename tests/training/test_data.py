@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +28,16 @@ from mae_hf.training.data import (
     sample_keys,
 )
 from mae_hf.training.decode import decode_image
-from mae_hf.training.sources import few_labels, hold_out, image_order, open_source
+from mae_hf.training.recipe import FinetuneRecipe
+from mae_hf.training.sources import (
+    ImageSource,
+    few_labels,
+    hold_out,
+    image_order,
+    open_labelled,
+    open_source,
+    select,
+)
 
 
 def pixels(index: int, channels: int = 3) -> np.ndarray:
@@ -438,9 +448,71 @@ def test_open_source__labels_of_class_folders_words_and_numbers(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"0 columns of labels among its columns .*--label_column"):
         open_source(str(tmp_path / "words.parquet"), labelled=True)
     words = open_source(str(tmp_path / "words.parquet"), labelled=True, label_column="kind")
-    assert (words.label_names, words.images["label"][:]) == (source.label_names, source.images["label"][:])
+    assert (words.label_names, labels_of(words)) == (source.label_names, labels_of(source))
     with pytest.raises(ValueError, match="does not say what its labels are: give --num_labels"):
         open_source(str(tmp_path / "words.parquet"), labelled=True, label_column="kind", streaming=True)
+
+
+def labels_of(source: ImageSource) -> list[int]:
+    """The classes by both ways to them: all at once, and image by image; -1 for none."""
+    together = source.classes.numbers_of(source.images).tolist()
+    each = [source.classes.number_of(row["label"]) for row in source.images]
+    assert together == [-1 if number is None else number for number in each]
+    return together
+
+
+LABELS = {
+    "numbers": ([10, 2, 0, 1, 11], ["0", "1", "2", "10", "11"], [3, 2, 0, 1, 4]),
+    "some missing": ([1, None, 0, 1, -1], ["0", "1"], [1, -1, 0, 1, -1]),
+    "whole floats": ([1.0, float("nan"), 0.0, 12.0, 2.0], ["0", "1", "2", "12"], [1, -1, 0, 3, 2]),
+    "words": (["b", None, "a", "10", "9"], ["10", "9", "a", "b"], [3, -1, 2, 0, 1]),
+    "truth": ([True, False, None, True, True], ["False", "True"], [1, 0, -1, 1, 1]),
+    "fractions": ([0.5, 1.0, 2.0, 3.0, 4.0], r"holds numbers that are no classes, 0\.5", None),
+    "lists": ([[0], [1], [0], [1], [0]], "not one class for each image", None),
+    "hidden": ([-1, -1, None, -1, -1], "has no labels: they are missing, or hidden", None),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_open_source__labels_of_a_column(kind: str, tmp_path: Path) -> None:
+    labels, names, numbers = LABELS[kind]
+    rows = [{"image": {"bytes": encoded(index), "path": None}, "label": value} for index, value in enumerate(labels)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "labels.parquet")
+    if numbers is None:
+        with pytest.raises(ValueError, match=names):
+            open_source(str(tmp_path / "labels.parquet"), labelled=True)
+        return
+    source = open_source(str(tmp_path / "labels.parquet"), labelled=True)
+    assert source.label_names == names
+    assert labels_of(source) == numbers
+
+
+def test_open_labelled__the_evaluation_set_may_lack_classes_but_has_no_others(tmp_path: Path) -> None:
+    for place, names in (("train", "abc"), ("held", "ca"), ("other", "ad")):
+        for number, name in enumerate(names):
+            (tmp_path / place / name).mkdir(parents=True)
+            image = Image.new("RGB", (8, 8), (10 * number, ord(place[0]), ord(name)))
+            image.save(tmp_path / place / name / f"{place}.png")
+    (tmp_path / "held" / "b").mkdir()  # empty
+    recipe = FinetuneRecipe(dataset=str(tmp_path / "train"), eval_dataset=str(tmp_path / "held"), eval_split="train")
+    for streaming in (False, True):
+        train, held = open_labelled(replace(recipe, streaming=streaming))
+        assert held.label_names == train.label_names == ["a", "b", "c"]
+        assert [held.classes.number_of(row["label"]) for row in held.images] == [0, 2]
+    with pytest.raises(ValueError, match="has classes that the training images don't have: 'd'"):
+        open_labelled(replace(recipe, eval_dataset=str(tmp_path / "other")))
+
+
+def test_hold_out__a_class_of_one_image_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    source = open_source(str(labelled_folder(tmp_path / "images")), labelled=True)
+    few = select(source, [0, 1, 2, 10, 15, 16])  # three cats, a dog, two eels
+    train, held = hold_out(few, 0.4, seed=0)
+    assert sorted(labels_of(train)) == [0, 0, 1, 2]
+    assert sorted(labels_of(held)) == [0, 2]
+    with pytest.raises(ValueError, match="has no class of two images"):
+        hold_out(select(source, [0, 10, 15]), 0.4, seed=0)
 
 
 def test_hold_out__stratified_disjoint_and_the_same_again(tmp_path: Path) -> None:
