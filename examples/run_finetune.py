@@ -37,7 +37,7 @@ from mae_hf.training.data import (
     make_schedule,
     names_of_step,
 )
-from mae_hf.training.faults import StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
-    with accelerator.main_process_first():  # the others find what it has written to the cache
+    with main_process_first(accelerator):  # the others find what it has written to the cache
         source, judges = open_labelled(recipe)
     label_names = source.label_names
     recipe = recipe.fitted(source.length)

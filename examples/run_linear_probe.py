@@ -44,7 +44,7 @@ from mae_hf.training.evaluate import (
     knn_accuracy,
     pool,
 )
-from mae_hf.training.faults import StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop = StopSignal(accelerator, recipe.process_timeout)
     say, device = accelerator.print, accelerator.device
 
-    with accelerator.main_process_first():  # the others find what it has written to the cache
+    with main_process_first(accelerator):  # the others find what it has written to the cache
         source, judges = open_labelled(recipe)
         selection = None
         if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered

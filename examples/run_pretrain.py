@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
-from mae_hf.training.faults import StopSignal, check_launcher, run_script
+from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print
 
-    with accelerator.main_process_first():  # the others find what it has written to the cache
+    with main_process_first(accelerator):  # the others find what it has written to the cache
         source = open_source(recipe.dataset, recipe.split, recipe.image_column, recipe.streaming)
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)

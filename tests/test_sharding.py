@@ -246,6 +246,16 @@ def test_config__trains_resumes_and_exports_as_one_process_without_it(
         assert difference(resumed, losses(metrics(tmp_path / "whole"))) < 3e-3
 
 
+@pytest.mark.slow
+def test_preparing_the_images__may_take_longer_than_any_exchange(pets: Path, tmp_path: Path) -> None:
+    words = ["--dataset", str(pets), "--output_dir", str(tmp_path / "run"), *PRETRAIN, "--process_timeout", "8"]
+    runs = [{"script": "run_pretrain", "arguments": words, "preparing": 12}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = torchrun("ddp")(tmp_path / "runs.json")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(metrics(tmp_path / "run"))) == 12
+
+
 def test_compiled_by_the_launcher__leaves_and_resumes_the_same_model(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

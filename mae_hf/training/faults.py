@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ from .workers import STOP_SIGNALS, kill_workers
 # The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75
 INTERRUPTED_TWICE = 130  # what shells give for a process that SIGINT has ended
+PREPARING = timedelta(days=30)  # as good as without a limit
 SAME_SIGNAL = 0.3  # seconds within which a second SIGINT is the first one once more, from a launcher that hands it on
 END = object()
 LAUNCHERS = {
@@ -212,6 +214,25 @@ def check_launcher(num_processes: int) -> None:
             f"the addresses of those that died. Put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun, and, "
             f"with several machines, use --rdzv_backend c10d."
         )
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Let the other processes find what the main process has written to the cache, however long that takes.
+
+    `Accelerator.main_process_first` waits no longer than for any other exchange, half an hour by default, and the first
+    copy of ImageNet takes hours. A main process that is gone ends the wait.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = distributed.new_group(backend="gloo", timeout=PREPARING)
+    if not accelerator.is_main_process:
+        distributed.barrier(group)  # type: ignore[arg-type]
+    yield
+    if accelerator.is_main_process:
+        distributed.barrier(group)  # type: ignore[arg-type]
+    distributed.destroy_process_group(group)
 
 
 def run_script(main: Callable[[], None]) -> None:
