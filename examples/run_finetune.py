@@ -37,9 +37,16 @@ from mae_hf.training.data import (
     make_schedule,
     names_of_step,
 )
+from mae_hf.training.decode import printable
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.hub import HubPush
-from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, predict, save_confusion_picture
+from mae_hf.training.metrics import (
+    MOST_DRAWN,
+    ClassificationMetrics,
+    classification_metrics,
+    predict,
+    save_confusion_picture,
+)
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
@@ -156,7 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
         results = {**metrics.summary(), "per_class": per_class, "count": metrics.count}
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        if find_spec("matplotlib") and find_spec("sklearn"):
+        if len(label_names) > MOST_DRAWN:
+            say(f"There is no picture of the confusion matrix: it would show nothing of {len(label_names):,} classes.")
+        elif find_spec("matplotlib") and find_spec("sklearn"):
             save_confusion_picture(metrics, label_names, folder.path / "confusion.png")
         else:
             say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
@@ -205,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     scales = [group["lr_scale"] for group in groups]
     say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
     say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
-    say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
+    first_names = ", ".join(printable(name) for name in label_names[:10])
+    say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"model     {parameters:,} parameters, {trained:,} of them trained")
     say(f"weights   {recipe.model_name_or_path or 'new'}, with {'a new head' if is_new_head else 'its head'}")
     say(f"device    {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from mae_hf import MAEModel
 from mae_hf.training.augment import eval_transform, train_transform
 from mae_hf.training.data import JudgingImages, LabelledImages, batches, make_schedule, names_of_step
+from mae_hf.training.decode import printable
 from mae_hf.training.evaluate import (
     AttentiveProbe,
     LinearProbe,
@@ -151,7 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
     say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
     say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
-    say(f"classes   {len(label_names)}: {', '.join(label_names[:10])}{', ...' if len(label_names) > 10 else ''}")
+    first_names = ", ".join(printable(name) for name in label_names[:10])
+    say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
     say(f"probe     {recipe.probe}, on the {seen_by_linear if is_linear else 'tokens'}")
     say(f"device    {accelerator.num_processes} x {device.type}, precision {accelerator.mixed_precision}")

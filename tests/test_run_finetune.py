@@ -1,6 +1,8 @@
 """examples/run_finetune.py, run for real on small images, and what it leaves behind."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,23 @@ def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path)
         finetune(pets, tmp_path / "run", tmp_path / "other", "--eval_only", "true")
     with pytest.raises(ValueError, match="has no head for 3 classes"):
         finetune(pets, checkpoint, tmp_path / "other", "--eval_only", "true")
+
+
+def test_names_of_classes__steer_neither_terminal_nor_card(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"cat": "a|b $x^$", "dog": "<i>`red`", "eel": "esc\x1b[31m\nape"}
+    for old, new in names.items():
+        shutil.copytree(pets / old, tmp_path / "named" / new)
+    words = ["--size", "tiny", "--image_size", "32", "--num_hidden_layers", "1", "--epochs", "1"]
+    finetune(tmp_path / "named", None, tmp_path / "run", *words)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert r"esc\x1b[31m\nape" in said
+    rows = [line for line in (tmp_path / "run" / "README.md").read_text().splitlines() if line.startswith("|")]
+    shown = {re.split(r"(?<!\\)\|", row)[1].strip() for row in rows if len(re.split(r"(?<!\\)\|", row)) == 4}
+    assert {r"a\|b $x^$", r"&lt;i&gt;\`red\`", r"esc\\x1b\[31m\\nape"} <= shown
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["per_class"]) == set(names.values())
 
 
 @pytest.mark.parametrize("names", ["of_others", "placeholders"])

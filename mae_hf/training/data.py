@@ -7,6 +7,7 @@ at step s needs to know s and nothing else.
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from .augment import Mixing, SmallestCrop
-from .decode import PIL_MODES, BadImageError, open_image, printable
+from .decode import PIL_MODES, BadImageError, largest_of_16_bits, open_image, printable
 from .labels import Classes
 from .sources import ImageSource, image_order, seed_of
 from .workers import Loader
@@ -229,6 +230,22 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         self.last: tuple[SampleKey, Opened] | None = None  # the image that the next repeat needs, too
         # A stream has nothing else to offer in place of an image that cannot be read.
         self.spare_rows = list(islice(source.images, SPARE_ROWS)) if source.is_stream else []
+        self.warn_of_unused_bits()
+
+    def warn_of_unused_bits(self) -> None:
+        """Warn of 10, 12 or 14 bits in files of 16, by some images: of those the high byte is kept, nearly black."""
+        images, rows = self.source.images, self.spare_rows
+        if not self.source.is_stream:
+            rows = [images[index] for index in range(0, len(images), -(-len(images) // SPARE_ROWS))]
+        largest = [value for row in rows if (value := largest_of_16_bits(row["image"])) is not None]
+        if largest and 0 < max(largest) < 2**14:
+            factor = 2 ** (16 - max(largest).bit_length())
+            warnings.warn(
+                f"{self.source.name}: no 16-bit image of {len(largest)} has a value above {max(largest)}. Of 16 bits "
+                f"the high byte is kept, which is {max(largest) // 256 + 1} levels of grey here. Multiply the values "
+                f"in the files by {factor}, so that they span 16 bits.",
+                stacklevel=2,
+            )
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         return self.__getitems__([key])[0]

@@ -157,6 +157,17 @@ def _has_all_rows(png: bytes) -> bool:
     return found + len(stream.flush()) >= expected
 
 
+def largest_of_16_bits(record: dict[str, Any] | None) -> int | None:
+    """The largest value of a grey image of 16 bits; None for any other image, and for one that cannot be read."""
+    try:
+        content = _content(record or {"bytes": None, "path": None})
+        with Image.open(io.BytesIO(content), formats=_formats()) as file:
+            _refuse_what_it_says(file, content)
+            return int(np.asarray(file).max()) if file.mode.startswith("I") else None
+    except Exception:  # it is refused, with a sentence, where it is used
+        return None
+
+
 def _high_byte(image: Image.Image) -> Image.Image:
     """A 16-bit grey image as an 8-bit one; PIL's own conversion would clip everything above 255 to white."""
     values = np.asarray(image)

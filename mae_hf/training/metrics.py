@@ -13,7 +13,11 @@ from torch.nn import functional as F
 
 from .augment import Normalize
 from .data import PADDING
+from .decode import printable
 from .skipped import FIRST_NAMED, most_skipped
+
+CHUNK = 4096  # images whose loss is computed at once
+MOST_DRAWN = 1000  # classes, in a picture of the confusion matrix
 
 
 @dataclass(frozen=True)
@@ -23,21 +27,29 @@ class ClassificationMetrics:
     loss: mean cross-entropy.
     top1, top5: share of the images whose class is the first, among the first five (or K, if there are fewer).
     balanced_accuracy: mean of `per_class` over the classes that occur.
-    per_class: share of each class that is recognised; nan for a class without images.
-    confusion: (K, K) int64, images of a class in its row, what they were taken for in the columns.
+    per_class: share of each class that is recognised; None for a class without images.
+    labels, predicted: (M,) int64, the classes of the images, and what they were taken for.
     """
 
     loss: float
     top1: float
     top5: float
     balanced_accuracy: float
-    per_class: list[float]
-    confusion: Tensor
+    per_class: list[float | None]
+    labels: Tensor
+    predicted: Tensor
 
     @property
     def count(self) -> int:
         """M."""
-        return int(self.confusion.sum())
+        return len(self.labels)
+
+    @property
+    def confusion(self) -> Tensor:
+        """(K, K) int64, images of a class in its row, what they were taken for in the columns."""
+        classes = len(self.per_class)
+        cells = torch.bincount(self.labels * classes + self.predicted, minlength=classes**2)
+        return cells.view(classes, classes)
 
     def summary(self) -> dict[str, float]:
         """The numbers that are followed during a training."""
@@ -55,15 +67,20 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
     num_labels = logits.shape[1]
     ranked = logits.topk(min(5, num_labels)).indices  # (M, 5), the best first
     hits = ranked == labels.unsqueeze(1)
-    confusion = torch.bincount(labels * num_labels + ranked[:, 0], minlength=num_labels**2).view(num_labels, num_labels)
-    per_class = confusion.diagonal().double() / confusion.sum(dim=1)
+    # Nothing here is as large as K x K, or as the logits again: there may be 20,000 classes.
+    images = torch.bincount(labels, minlength=num_labels)
+    recognised = torch.bincount(labels[hits[:, 0]], minlength=num_labels)
+    per_class = recognised.double() / images
+    parts = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    losses = [F.cross_entropy(part.double(), of_part, reduction="none") for part, of_part in parts]
     return ClassificationMetrics(
-        loss=F.cross_entropy(logits.double(), labels).item(),
+        loss=torch.cat(losses).mean().item(),
         top1=hits[:, 0].double().mean().item(),
         top5=hits.any(dim=1).double().mean().item(),
         balanced_accuracy=per_class.nanmean().item(),
-        per_class=per_class.tolist(),
-        confusion=confusion,
+        per_class=[share if count else None for share, count in zip(per_class.tolist(), images.tolist(), strict=True)],
+        labels=labels,
+        predicted=ranked[:, 0],
     )
 
 
@@ -126,10 +143,14 @@ def predict(
 
 
 def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str], path: Path | str) -> None:
-    """Write the confusion matrix as a picture, each row as shares of its class; needs matplotlib and scikit-learn."""
+    """Write the confusion matrix as a picture, each row as shares of its class; needs matplotlib and scikit-learn.
+
+    For more than `MOST_DRAWN` classes it would take long, and show nothing.
+    """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
+    label_names = [printable(name).replace("$", r"\$") for name in label_names]  # between two it would be a formula
     shares = metrics.confusion / metrics.confusion.sum(dim=1, keepdim=True).clamp(min=1)
     is_readable = len(label_names) <= 20
     side = min(3 + 0.5 * len(label_names), 14)

@@ -1,11 +1,13 @@
 """The model card of a trained checkpoint: README.md with the metadata that the Hub reads."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .decode import PIL_MODES
+from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
 from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
 
@@ -146,7 +148,8 @@ def write_classifier_card(
     )
     image_mode = PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)]
     # The best classes and the worst; a table of a thousand rows would help nobody.
-    ranked = sorted(zip(metrics.per_class, label_names, strict=True), key=lambda row: -row[0])
+    shares = zip(metrics.per_class, label_names, strict=True)
+    ranked = sorted(((share, label) for share, label in shares if share is not None), key=lambda row: -row[0])
     shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
     card = ModelCard.from_template(
         data,
@@ -163,8 +166,13 @@ def write_classifier_card(
         judged_by=judged_by,
         count=f"{metrics.count:,}",
         metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
-        per_class=[(label, f"{share:.1%}") for share, label in shown],
+        per_class=[(_cell(label), f"{share:.1%}") for share, label in shown],
         has_picture=(Path(folder) / "confusion.png").exists(),
         curve=loss_table(history),
     )
     card.save(Path(folder) / "README.md")
+
+
+def _cell(text: str) -> str:
+    """Any text for a table in Markdown: shown as it is, on one line, in one cell, neither HTML nor a link."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(text), quote=False))

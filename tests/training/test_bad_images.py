@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import tracemalloc
+import warnings
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -312,3 +313,23 @@ def test_label__that_is_no_class_is_a_bad_image(kind: str, tmp_path: Path) -> No
     assert samples[2]["label"] in (0, 1), "another image in its place"
     (batch,) = evaluation_batches(judges, 4, 0, 1, 0)
     assert batch["label"].tolist() == [0, 1, PADDING, 0]
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(10, 64), (12, 16), (14, 4), (16, None)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unused_bits__are_said_with_what_to_do(bits: int, factor: int | None, streaming: bool, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        values = generator.integers(0, 2**bits, (20, 20)).astype(np.uint16)
+        values[0, 0] = 2**bits - 1
+        Image.fromarray(values).save(tmp_path / f"{number:02d}.png")
+    source = open_source(str(tmp_path), streaming=streaming)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PretrainingImages(source, eval_transform((8, 8), 1.0), 1, num_patches=4, seed=0)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (factor is not None)
+    assert (
+        factor is None
+        or f"{2 ** (bits - 8)} levels of grey here. Multiply the values in the files by {factor}" in said[0]
+    )

@@ -1,5 +1,6 @@
 """Metrics of a classifier, against scikit-learn."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_classification_metrics__those_of_scikit_learn(num_labels: int) -> None:
 def test_classification_metrics__a_class_without_images() -> None:
     found = classification_metrics(torch.eye(3)[[0, 1, 0]], torch.tensor([0, 1, 1]))
     assert found.per_class[:2] == [1.0, 0.5]
-    assert found.per_class[2] != found.per_class[2]  # nan: nothing is known
+    assert found.per_class[2] is None, "nothing is known"
+    json.dumps(found.per_class, allow_nan=False)
     assert found.balanced_accuracy == 0.75
     with pytest.raises(ValueError, match="no image to judge"):
         classification_metrics(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
@@ -46,3 +48,26 @@ def test_confusion_picture(tmp_path: Path) -> None:
     found = classification_metrics(torch.eye(3)[[0, 1, 0]], torch.tensor([0, 1, 1]))
     save_confusion_picture(found, ["cat", "dog", "eel"], tmp_path / "confusion.png")
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
+
+
+def test_confusion_picture__names_of_anybodys(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="it draws the picture")
+    found = classification_metrics(torch.eye(2), torch.tensor([0, 1]))
+    save_confusion_picture(found, ["$HOME and $x^", "two\nlines"], tmp_path / "confusion.png")
+    assert min(Image.open(tmp_path / "confusion.png").size) > 300
+
+
+def test_classification_metrics__of_ten_thousand_classes_need_no_square_of_them() -> None:
+    classes, count = 10_000, 64
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = (
+        torch.randn(count, classes, generator=generator),
+        torch.arange(0, classes, classes // count)[:count],
+    )
+    logits[:48].scatter_(1, labels[:48, None], 10.0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = classification_metrics(logits, labels)
+    assert max(event.cpu_memory_usage for event in profile.key_averages()) < 10 * logits.nbytes
+    assert (found.top1, found.balanced_accuracy, found.count) == (0.75, 0.75, count)
+    assert [found.per_class[label] for label in labels.tolist()] == [1.0] * 48 + [0.0] * 16
+    assert found.per_class.count(None) == classes - count
