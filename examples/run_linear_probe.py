@@ -39,6 +39,7 @@ from mae_hf.training.evaluate import (
     AttentiveProbe,
     LinearProbe,
     SideBySide,
+    check_features_fit,
     extract_features,
     feature_batches,
     frozen_encoder,
@@ -129,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
     recipe = folder.recipe
     is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
+    num_tokens = 1 if is_linear or recipe.augment else 1 + config.num_patches  # of an image, that are kept
+    check_features_fit(source.length, num_tokens * config.hidden_size)
 
     schedule = make_schedule(
         source,
@@ -215,9 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     def encoded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Features and labels of a micro-batch, on the device."""
         if not recipe.augment:
-            return batch["features"].to(device), batch["label"].to(device)
+            return batch["features"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
         with accelerator.autocast():
-            return encode(batch["pixel_values"]), batch["label"].to(device)
+            return encode(batch["pixel_values"]), batch["label"].to(device, non_blocking=True)
 
     def names(step: int) -> list[str]:
         if recipe.augment:

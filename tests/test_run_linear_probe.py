@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import run_linear_probe
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from mae_hf import MAEForImageClassification, MAEModel
 from mae_hf.training.augment import eval_transform
 from mae_hf.training.data import LabelledImages
-from mae_hf.training.evaluate import LinearProbe, extract_features, frozen_encoder
+from mae_hf.training.evaluate import LinearProbe, check_features_fit, extract_features, frozen_encoder
 from mae_hf.training.metrics import classification_metrics
 from mae_hf.training.sources import hold_out, open_source
 
@@ -208,6 +210,20 @@ def test_refusals(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hidden_size is 64 in the recipe and 32 in the checkpoint"):
         probe(pets, checkpoint, tmp_path / "c", "--hidden_size", "64")
     assert not any((tmp_path / name).exists() for name in "abc"), "a refused run left a folder behind"
+
+
+def test_features_that_do_not_fit_in_memory__refused_with_their_size(
+    pets: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"1,281,167 images take 775 GB"):
+        check_features_fit(1_281_167, 197 * 768)  # all tokens of ViT-B
+    memory = SimpleNamespace(available=60_000)  # 17 tokens of 18 images take 39 kB, the class token of each 2 kB
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match=r"18 images take 3\.92e-05 GB in the memory of each process"):
+        probe(pets, checkpoint, tmp_path / "tokens", *ATTENTIVE, *CACHED)
+    assert not (tmp_path / "tokens").exists()
+    assert probe(pets, checkpoint, tmp_path / "crops", *ATTENTIVE, "--epochs", "1")
+    assert probe(pets, checkpoint, tmp_path / "linear", *CACHED, "--epochs", "1")
 
 
 def test_loss_that_is_not_finite__stops_the_run(pets: Path, checkpoint: Path, tmp_path: Path) -> None:

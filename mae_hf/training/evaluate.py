@@ -11,9 +11,11 @@ print(knn_accuracy(features, labels, test_features, test_labels, ks=[20]))
 B batch  M,L numbers of images  N patches  D width of the encoder  K classes  S probes side by side
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -83,6 +85,27 @@ def extract_features(
     state = PartialState()
     batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
     return apply_to_images(encode, heeded(batches), max_skipped_images)
+
+
+def check_features_fit(num_images: int | None, numbers: int) -> None:
+    """Refuse features of all images that do not fit in the memory of this machine, once for each of its processes.
+
+    Args:
+        num_images: M, or None for a stream that does not know.
+        numbers: float32, of each image.
+
+    Raises:
+        ValueError: with the sizes. While they are put together, `extract_features` has them twice.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, free = (num_images or 0) * numbers * 4, psutil.virtual_memory().available
+    if 2 * needed * processes > free:
+        raise ValueError(
+            f"The features of {num_images:,} images take {needed / 1e9:,.3g} GB in the memory of each process, and "
+            f"twice that while they are put together; {free / 1e9:,.3g} GB are free, for {processes} of them. Take "
+            f"fewer processes on a machine, or fewer images; or --augment true, with which an attentive probe keeps no "
+            f"tokens."
+        )
 
 
 def encode_images(
@@ -264,12 +287,14 @@ def feature_batches(
     The order is that of the images themselves: a function of the seed and the epoch.
     """
     parts = (schedule.rounds, schedule.num_processes, schedule.micro_batch_size)
+    is_pinned = torch.cuda.is_available() and not features.is_cuda  # as a loader does it, for copies not waited for
     for step in range(first_step, schedule.total_steps):
         positions = step * schedule.total_batch_size + torch.arange(schedule.total_batch_size)
         epochs, offsets = positions // len(labels), positions % len(labels)
         dealt = [image_order(len(labels), seed, epoch)[offsets[epochs == epoch]] for epoch in epochs.unique().tolist()]
         for indices in torch.cat(dealt).view(parts)[:, process_index]:
-            yield {"features": features[indices], "label": labels[indices]}
+            batch = {"features": features[indices], "label": labels[indices]}
+            yield {name: rows.pin_memory() for name, rows in batch.items()} if is_pinned else batch
 
 
 def linear_probe(

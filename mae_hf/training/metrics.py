@@ -1,6 +1,6 @@
 """How good a classifier is: every image of a source counted once, over all processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,14 +104,19 @@ def apply_to_images(
     Raises:
         ValueError: more images have to be left out than may be.
     """
-    results, labels, problems = [], [], []
-    for batch in batches:
-        result = gather(function(batch["pixel_values"]).float())
-        label = gather(batch["label"].to(result.device))
+    problems: list[str] = []
+
+    def outcomes() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            result = gather(function(batch["pixel_values"]).float())
+            problems.extend(problem for problem in batch.get("problem", ()) if problem)
+            yield result, gather(batch["label"].to(result.device, non_blocking=True))
+
+    results, labels = [], []
+    for result, label in _on_the_host(outcomes()):
         real = label != PADDING
-        results.append(result[real].cpu())
-        labels.append(label[real].cpu())
-        problems += [problem for problem in batch.get("problem", ()) if problem]
+        results.append(result[real])
+        labels.append(label[real])
     problems = sorted(gather_object(problems))
     of = sum(map(len, labels)) + len(problems)
     if problems:
@@ -124,6 +129,27 @@ def apply_to_images(
             )
         PartialState().print(f"left out  {sentence}")
     return torch.cat(results), torch.cat(labels)
+
+
+def _on_the_host(outcomes: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The same tensors on the CPU, each time after the next ones were asked for: so a GPU never waits for work."""
+    earlier = None
+    for outcome in outcomes:
+        arrived = torch.cuda.Event() if outcome[0].is_cuda else None
+        tensors = tuple(tensor.to("cpu", non_blocking=arrived is not None) for tensor in outcome)
+        if arrived is not None:
+            arrived.record()
+        if earlier is not None:
+            yield _arrived(*earlier)
+        earlier = tensors, arrived
+    if earlier is not None:
+        yield _arrived(*earlier)
+
+
+def _arrived(tensors: tuple[Tensor, ...], arrived: torch.cuda.Event | None) -> tuple[Tensor, ...]:
+    if arrived is not None:
+        arrived.synchronize()
+    return tensors
 
 
 def predict(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_hf.training.metrics import classification_metrics, save_confusion_picture
+from mae_hf.training.data import PADDING
+from mae_hf.training.metrics import apply_to_images, classification_metrics, save_confusion_picture
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the other side of these tests")
 
@@ -41,6 +42,29 @@ def test_classification_metrics__a_class_without_images() -> None:
     assert found.balanced_accuracy == 0.75
     with pytest.raises(ValueError, match="no image to judge"):
         classification_metrics(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_apply_to_images__reads_a_batch_only_when_the_next_one_is_under_way() -> None:
+    happened = []
+
+    class Watched(torch.Tensor):  # whose values can be read only by waiting for the device
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.__getitem__:
+                happened.append(f"read {args[0].as_subclass(torch.Tensor)[0].item():g}")
+            return super().__torch_function__(function, types, args, kwargs)
+
+    def compute(pixel_values: torch.Tensor) -> torch.Tensor:
+        happened.append(f"compute {pixel_values[0].item():g}")
+        return pixel_values.as_subclass(Watched)
+
+    labels = (torch.tensor([4, 5]), torch.tensor([6, 7]), torch.tensor([8, PADDING]))
+    batches = [{"pixel_values": 10.0 * label, "label": label} for label in labels]
+    results, found = apply_to_images(compute, batches)
+    assert happened == ["compute 40", "compute 60", "read 40", "compute 80", "read 60", "read 80"]
+    assert results.tolist() == [40.0, 50.0, 60.0, 70.0, 80.0]
+    assert found.tolist() == [4, 5, 6, 7, 8]
 
 
 def test_confusion_picture(tmp_path: Path) -> None:
