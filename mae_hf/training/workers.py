@@ -4,12 +4,14 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -58,7 +60,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", f"{__package__}.data"])
+    context.set_forkserver_preload(["__main__", f"{__package__}.fork_server"])
     return context
 
 
@@ -84,6 +86,7 @@ def _end_with_the_run(worker: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _report
     run = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -92,6 +95,12 @@ def _end_with_the_run(worker: int) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # The thread that hands tensors over says so with a traceback when the run leaves in the middle of it.
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 @atexit.register  # and so called before multiprocessing waits for them, which would be for ever if one hangs
