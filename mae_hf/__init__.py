@@ -50,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 class _Later:
-    """Stands for a model class in the tables of the Auto classes; whatever they want of it is that of the class."""
+    """Stands for a model class in the tables of the Auto classes, and imports it when it is first used like a class."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name
@@ -58,8 +58,26 @@ class _Later:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(__getattr__(self.__name__), attribute)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__(self.__name__)(*args, **kwargs)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, __getattr__(self.__name__))
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, __getattr__(self.__name__))
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type]:  # of a class that inherits from this one
+        return (__getattr__(self.__name__),)
+
+    def __eq__(self, other: object) -> bool:
+        return other is __getattr__(self.__name__) or (isinstance(other, _Later) and other.__name__ == self.__name__)
+
+    def __hash__(self) -> int:
+        return hash(__getattr__(self.__name__))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Later, (self.__name__,)  # the tables can be pickled
+        return __getattr__, (self.__name__,)  # the tables can be pickled, and then hold the classes
 
 
 # The Auto classes find these models by model_type "mae". A checkpoint carries its code, for whoever loads it with

@@ -5,6 +5,7 @@ Shapes, here and in comments at the end of lines:
     D encoder width  E decoder width
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention
-from .configuration_mae import MAEConfig
+from .configuration_mae import MAEConfig, nearest
 from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file, resize_checkpoint_tables
 from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
 from .patches import (
@@ -34,6 +36,8 @@ from .patches import (
     sincos_position_table,
     unpatchify,
 )
+
+logger = logging.get_logger(__name__)
 
 # What each Auto class makes of a checkpoint of any of the three, with trust_remote_code and without this package.
 AUTO_MAP = {
@@ -188,6 +192,14 @@ class MAELayer(GradientCheckpointingLayer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def chosen_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
+    """Which of `count` hidden states an `output_hidden_states` means: all, none, or indices, negative from the end."""
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {i % count for i in indices if -count <= i < count}
+
+
 class MAEPatchEmbeddings(nn.Module):
     """The linear projection of patches, (B, V, P*Q*C) -> (B, V, D).
 
@@ -221,6 +233,7 @@ class MAEEmbeddings(nn.Module):
     ) -> Tensor:
         positions = resize_position_table(self.position_embeddings, self.config.grid_shape, grid_shape)
         patch_positions = positions[:, 1:].expand(patches.shape[0], -1, -1)  # (B, N, D)
+        ids_keep = None if ids_keep is None else ids_keep.to(patches.device)
         if ids_keep is not None and mask_token is None:
             patches, patch_positions = take(patches, ids_keep), take(patch_positions, ids_keep)  # (B, V, ...)
         tokens = self.patch_embeddings(patches)
@@ -300,6 +313,8 @@ class MAEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # To transformers' Trainer: a loss is the mean over its batch, to be divided by the rounds of accumulation.
+    accepts_loss_kwargs = False
 
     trains_position_table = False
 
@@ -426,6 +441,15 @@ class MAEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MAEForPreTraining) and module.encoder_mask_token is not None:
             init.normal_(module.encoder_mask_token, std=self.config.initializer_range)
 
+    def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
+        """Refuse what `forward` does not know. `None` is let through: wrappers of other libraries hand it on."""
+        for name, value in arguments.items():
+            if value is not None:
+                known = [name for name in inspect.signature(type(self).forward).parameters if name != "kwargs"]
+                raise TypeError(
+                    f"{type(self).__name__}.forward() got an unexpected argument {name!r}. {nearest(name, known)}"
+                )
+
     def _grid_shape(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """(rows, columns) of the patches of these images, once the images are known to fit the model."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
@@ -484,7 +508,7 @@ class MAEModel(MAEPreTrainedModel):
         ids_keep: Tensor | None = None,
         mask_token: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
@@ -496,7 +520,8 @@ class MAEModel(MAEPreTrainedModel):
             mask_token: (1, 1, D) to put in place of the patches that are not in `ids_keep`; `None` leaves them out, as
                 the paper does. With it the output has all N patches, in raster order.
             interpolate_pos_encoding: accept images of another size than the configuration's.
-            output_hidden_states, output_attentions: also return them; attentions need `attn_implementation="eager"`.
+            output_hidden_states: also return them; an index or a list of indices returns these, and `None` for others.
+            output_attentions: also return them; without `attn_implementation="eager"` there are none, with a warning.
 
         Returns:
             last_hidden_state (B, 1 + V, D), class token first; pooler_output (B, D), the mean of the patch tokens or
@@ -504,28 +529,31 @@ class MAEModel(MAEPreTrainedModel):
             attentions, depth of (B, heads, 1 + V, 1 + V).
 
         Raises:
-            ValueError: the images do not fit the model, or attentions are asked of an implementation that has none.
+            TypeError: an argument is unknown.
+            ValueError: the images do not fit the model.
         """
+        self._refuse_unknown(kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
+            logger.warning_once(
                 f"attn_implementation {self.config._attn_implementation!r} does not return attention weights: use "
                 f"model.set_attn_implementation('eager') to see them."
             )
+            output_attentions = False
         grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
         tokens = self.embeddings(patches, ids_keep, mask_token, grid_shape)  # (B, 1 + V, D)
 
         # Kept only if asked for: without gradients, a list would hold every layer's output in memory to the end.
-        hidden_states: tuple[Tensor, ...] = (tokens,)
+        wanted = chosen_states(output_hidden_states, 1 + len(self.layers))
+        hidden_states: tuple[Tensor | None, ...] = (tokens if 0 in wanted else None,)
         attentions: tuple[Tensor, ...] = ()
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers, 1):
             tokens, weights = layer(tokens)
-            if output_hidden_states:
-                hidden_states += (tokens,)
+            hidden_states += (tokens if i in wanted else None,)
             if output_attentions:
                 attentions += (weights,)
 
@@ -534,7 +562,7 @@ class MAEModel(MAEPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=pooled,
-            hidden_states=hidden_states if output_hidden_states else None,
+            hidden_states=hidden_states if wanted else None,  # type: ignore[arg-type]  # without None, says transformers
             attentions=attentions if output_attentions else None,
         )
 
@@ -542,15 +570,13 @@ class MAEModel(MAEPreTrainedModel):
 class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: encode the visible patches, decode all, compare the hidden ones."""
 
-    # The checkpoint had no decoder, and training has not begun since.
-    decoder_is_random = False
-
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
         self.vit = MAEModel(config)
         self.decoder = MAEDecoder(config)
         with_tokens = config.mask_tokens_in_encoder
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if with_tokens else None
+        self._checkpoint_had_no_decoder = False
         self.post_init()
         self._freeze_position_tables()
 
@@ -558,13 +584,13 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """See `MAEPreTrainedModel`. From an encoder alone, the decoder starts random and `reconstruct` refuses."""
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model.decoder_is_random = "decoder.decoder_pos_embed" in loading_info["missing_keys"]
+        model._checkpoint_had_no_decoder = "decoder.decoder_pos_embed" in loading_info["missing_keys"]
         return (model, loading_info) if output_loading_info else model
 
-    def train(self, mode: bool = True) -> "MAEForPreTraining":
-        """Training mode, or evaluation mode; a decoder that was random counts as trained from here on."""
-        self.decoder_is_random = self.decoder_is_random and not mode
-        return super().train(mode)
+    @property
+    def decoder_is_random(self) -> bool:
+        """Whether the checkpoint had no decoder, and none was trained or loaded since: its last bias is still zero."""
+        return self._checkpoint_had_no_decoder and not self.decoder.decoder_pred.bias.any()
 
     @can_return_tuple
     def forward(
@@ -575,8 +601,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
         mask_ratio: float | None = None,
         generator: torch.Generator | None = None,
         interpolate_pos_encoding: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        return_loss: bool = True,
         **kwargs: Any,
     ) -> MAEForPreTrainingOutput:
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
@@ -588,15 +615,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
             pixel_values: (B, C, H, W) normalised images.
             noise: (B, N) float, the patches with the smallest values stay visible.
             bool_masked_pos: (B, N) or pixels (B, H, W), true where hidden: a mask of the caller's own. Every image of a
-                batch must hide the same number of patches.
+                batch must hide the same number of patches. With B = 1, the same for every image.
             mask_ratio: share of hidden patches in this call, in place of the configuration's.
             generator: draws the noise, when none is given.
             interpolate_pos_encoding: accept images of another size than the configuration's.
             output_hidden_states, output_attentions: of the encoder, see `MAEModel`.
+            return_loss: compute the loss. (By this argument transformers' Trainer sees that evaluation has one.)
 
         Raises:
+            TypeError: an argument is unknown.
             ValueError: the images, the noise or the mask do not fit, or nothing would be visible or hidden.
         """
+        self._refuse_unknown(kwargs)
         grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
         ids_keep, ids_restore, mask = self._choose_visible(
             pixel_values, grid_shape, noise, bool_masked_pos, mask_ratio, generator
@@ -612,7 +642,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         )
         ids_predicted = self._choose_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)
-        loss = self._reconstruction_loss(pixel_values, logits, mask, ids_predicted)
+        loss = self._reconstruction_loss(pixel_values, logits, mask, ids_predicted) if return_loss else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -639,9 +669,12 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 raise ValueError(
                     "bool_masked_pos already says what is hidden: pass neither noise nor mask_ratio with it."
                 )
-            hidden = patch_mask(bool_masked_pos, self.config.patch_shape).to(pixel_values.device)
-            # Sorted by "is hidden", the visible patches come first.
-            noise, num_visible = hidden.float(), hidden.shape[1] - int(hidden[0].sum())
+            # On the CPU, so that a mask on another device is waited for once, and not for every look at its values.
+            hidden = patch_mask(bool_masked_pos.cpu(), self.config.patch_shape)
+            num_visible = hidden.shape[1] - int(hidden[0].sum())
+            noise = hidden.float()  # sorted by "is hidden", the visible patches come first
+            if len(noise) == 1:
+                noise = noise.expand(shape[0], -1)
         else:
             num_visible = self.config.num_visible_patches(shape[1], mask_ratio)
             if noise is None:
@@ -718,10 +751,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 "checkpoint with a decoder, or pre-train this one first."
             )
         was_training = self.training
-        output = self.eval()(
-            pixel_values, return_dict=True, **masking
-        )  # in training, a "cross" decoder predicts a part
-        self.train(was_training)
+        self.eval()  # in training, a "cross" decoder predicts a part
+        try:
+            output = self(pixel_values, return_dict=True, **masking)
+        finally:
+            self.train(was_training)
         patches = patchify(pixel_values, self.config.patch_shape).float()
         predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()
         hidden = output.mask.unsqueeze(-1).bool()  # (B, N, 1)
@@ -777,7 +811,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
@@ -792,7 +826,12 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
         Returns:
             loss () if labels were given, logits (B, num_labels), hidden_states and attentions if asked for.
+
+        Raises:
+            TypeError: an argument is unknown.
+            ValueError: the images do not fit the model.
         """
+        self._refuse_unknown(kwargs)
         encoded = self.vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,

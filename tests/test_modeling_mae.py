@@ -1,6 +1,7 @@
 """What the three models promise: what is hidden, determinism, grids, precision, and transformers' contract."""
 
 import copy
+import logging
 import math
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import max_difference, random_images, random_noise, scramble, seeded, slow_position_table, tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import (
     MODEL_MAPPING,
@@ -19,8 +21,11 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
+    Trainer,
+    TrainingArguments,
     ViTImageProcessor,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 
 import mae_hf
@@ -242,6 +247,31 @@ def test_forward__refuses_masks_with_a_sentence(arguments: dict, sentence: str) 
         seeded(MAEForPreTraining, CONFIG)(IMAGES, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "unknown", "sentence"),
+    [
+        (MAEForPreTraining, {"mask_ration": 0.25}, "MAEForPreTraining.*'mask_ration'. Did you mean 'mask_ratio'"),
+        (MAEModel, {"noise": NOISE}, "MAEModel.*'noise'. "),  # the encoder alone never masks
+        (MAEForImageClassification, {"lables": [0, 1]}, "MAEForImageClassification.*'lables'. Did you mean 'labels'"),
+    ],
+)
+def test_forward__refuses_unknown_arguments(model_class: type, unknown: dict, sentence: str) -> None:
+    model = seeded(model_class, CONFIG)
+    with pytest.raises(TypeError, match=sentence):
+        model(IMAGES, **unknown)
+    model(IMAGES, **dict.fromkeys(unknown))  # wrappers hand on what is None
+
+
+@pytest.mark.parametrize("of_pixels", [False, True])
+def test_forward__one_mask_for_every_image(of_pixels: bool) -> None:
+    model = scrambled(MAEForPreTraining)
+    mask = NOISE[:1] < 0.5
+    one = mask.reshape(1, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2) if of_pixels else mask
+    output, expected = model(IMAGES, bool_masked_pos=one), model(IMAGES, bool_masked_pos=mask.expand(2, -1))
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.mask, expected.mask)
+
+
 @pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize(
     ("shape", "sentence"),
@@ -329,7 +359,7 @@ def test_encoder__pooler_output(pooling: str) -> None:
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-def test_hidden_states_and_attentions(model_class: type) -> None:
+def test_hidden_states_and_attentions(model_class: type, caplog: pytest.LogCaptureFixture) -> None:
     model = scrambled(model_class)
     tokens = 5 if model_class is MAEForPreTraining else 17
     model.set_attn_implementation("eager")
@@ -339,8 +369,24 @@ def test_hidden_states_and_attentions(model_class: type) -> None:
     for weights in output.attentions:
         assert torch.allclose(weights.sum(-1), torch.ones(()))
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"'sdpa' does not return attention weights"):
-        model(IMAGES, output_attentions=True)
+    logging.getLogger("mae_hf.modeling_mae").warning_once.cache_clear()
+    assert model(IMAGES, output_attentions=True).attentions is None
+    assert "'sdpa' does not return attention weights" in caplog.text
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize(("asked", "kept"), [([0, -1], [0, 3]), ([1], [1]), (-2, [2]), (0, [0]), ([7], [])])
+def test_hidden_states__some_of_them(model_class: type, asked: int | list[int], kept: list[int]) -> None:
+    model = scrambled(model_class)
+    arguments = {"noise": NOISE} if model_class is MAEForPreTraining else {}
+    every = model(IMAGES, output_hidden_states=True, **arguments).hidden_states
+    found = model(IMAGES, output_hidden_states=asked, **arguments).hidden_states
+    if not kept:
+        assert found is None
+        return
+    assert [i for i, state in enumerate(found) if state is not None] == kept
+    assert len(found) == 4
+    assert all(torch.equal(found[i], every[i]) for i in kept)
 
 
 @pytest.mark.parametrize("model_class", MODELS)
@@ -625,6 +671,36 @@ def test_return_dict_false__gives_tuples(model_class: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(as_tuple, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("model_class", "fields", "arguments"),
+    [
+        (MAEModel, {}, {}),
+        (MAEModel, {}, {"ids_keep": NOISE.argsort(1)[:, :4]}),
+        (MAEForImageClassification, {}, {"labels": torch.tensor([1, 0])}),
+        (MAEForPreTraining, {}, {}),
+        (MAEForPreTraining, {}, {"noise": NOISE}),
+        (MAEForPreTraining, {"mask_tokens_in_encoder": True}, {}),
+        (MAEForPreTraining, {"decoder_type": "cross", "prediction_ratio": 0.5}, {}),
+    ],
+)
+@pytest.mark.parametrize("interpolate", [False, True])
+def test_gpu__no_forward_waits_for_the_device_or_mixes_devices(
+    model_class: type, fields: dict, arguments: dict, interpolate: bool
+) -> None:
+    """Tensors that say they are on a GPU and hold no numbers: whatever asks for a number, or mixes devices, raises."""
+    config = tiny_config(image_size=(64, 16) if interpolate else 32, **fields)  # 16 patches, too
+    with FakeTensorMode() as mode:
+        with no_init_weights(), torch.device("cuda"):
+            model = model_class(tiny_config(**fields)).train()
+        # Ids and noise of the caller are on the CPU.
+        arguments = {name: mode.from_tensor(tensor) for name, tensor in arguments.items()}
+        if "labels" in arguments:
+            arguments["labels"] = arguments["labels"].to("cuda")
+        pixel_values = torch.empty(2, 3, *config.image_shape, device="cuda")
+        output = model(pixel_values, interpolate_pos_encoding=interpolate, **arguments)
+        assert {tensor.device.type for tensor in output.to_tuple()} == {"cuda"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,6 +744,29 @@ def test_reconstruct__another_size_and_ratio_in_half_precision() -> None:
     assert made.mask.sum(1).tolist() == [9, 9]
     for name in ("image", "masked", "reconstruction", "pasted"):
         assert (made[name].shape, made[name].dtype) == (images.shape, torch.float32), name
+
+
+@pytest.mark.parametrize("how", ["a step", "load_state_dict"])
+def test_reconstruct__a_random_decoder_is_refused_until_it_has_weights(how: str, tmp_path: Path) -> None:
+    scrambled(MAEModel).save_pretrained(tmp_path)
+    model = MAEForPreTraining.from_pretrained(tmp_path)
+    model.train()
+    model.eval()
+    with pytest.raises(ValueError, match="the decoder is random"):
+        model.reconstruct(IMAGES)
+    if how == "a step":
+        model.train()(IMAGES).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    else:
+        model.load_state_dict(scrambled(MAEForPreTraining).state_dict())
+    assert model.reconstruct(IMAGES).pasted.shape == IMAGES.shape
+
+
+def test_reconstruct__leaves_the_mode_alone_when_it_raises() -> None:
+    model = seeded(MAEForPreTraining, CONFIG).train()
+    with pytest.raises(ValueError, match="leaves no visible"):
+        model.reconstruct(IMAGES, mask_ratio=1.5)
+    assert model.training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,6 +922,68 @@ def test_import__auto_class_finds_the_model_after_the_package_alone(name: str, t
 def test_import__tables_of_the_auto_classes_can_be_pickled() -> None:
     table = pickle.loads(pickle.dumps(MODEL_MAPPING))
     assert table[MAEConfig].config_class is MAEConfig
+
+
+def test_import__tables_of_the_auto_classes_hold_classes() -> None:
+    entry = MODEL_MAPPING[MAEConfig]
+    model = entry(CONFIG)
+    assert type(model) is MAEModel
+    assert isinstance(model, entry)
+    assert not isinstance(CONFIG, entry)
+    assert issubclass(MAEModel, entry)
+    assert entry in {MAEModel}
+    assert MAEModel in list(MODEL_MAPPING._extra_content.values())
+
+    class Own(entry):  # type: ignore[misc, valid-type]
+        pass
+
+    assert issubclass(Own, MAEModel)
+    assert Own(CONFIG)(IMAGES).last_hidden_state.shape == (2, 17, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers' Trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Watched(Trainer):
+    """Notes the gradient of the last step."""
+
+    gradient: torch.Tensor
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+        return loss
+
+
+def trained_one_step(model, data: list[dict], batch_size: int, rounds: int, folder: Path) -> Watched:
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=rounds, max_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, max_grad_norm=0.0, logging_steps=1, learning_rate=0.0,
+        disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = Watched(copy.deepcopy(model), arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("model_class", [MAEForPreTraining, MAEForImageClassification])
+def test_trainer__accumulation_and_evaluation(model_class: type, tmp_path: Path) -> None:
+    model = scrambled(model_class, num_labels=3)
+    images = random_images(CONFIG, batch=8)
+    data = [
+        {"pixel_values": image, "labels": i % 3, "file": "a column of the data set"} for i, image in enumerate(images)
+    ]
+    if model_class is MAEForPreTraining:
+        noise = random_noise(CONFIG, batch=8)
+        data = [{"pixel_values": image, "noise": noise[i]} for i, image in enumerate(images)]
+    whole, parts = (trained_one_step(model, data, *batches, tmp_path) for batches in ((8, 1), (2, 4)))
+    assert max_difference(whole.gradient, parts.gradient) < 1e-4 * whole.gradient.abs().max()
+    logged = [trainer.state.log_history[0]["loss"] for trainer in (whole, parts)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+    assert whole.evaluate()["eval_loss"] == pytest.approx(logged[0], rel=1e-3)
 
 
 def test_import__every_public_name_is_there() -> None:
