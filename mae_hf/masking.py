@@ -21,8 +21,14 @@ def random_masking(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Ten
         ids_keep (B, V) int64, the visible patches in shuffled order; ids_restore (B, N) int64, where each patch went in
         the shuffled order; mask (B, N) float32, 0 visible and 1 hidden.
     """
-    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
-    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort: count what comes before each patch
+        smaller = noise.unsqueeze(1) < noise.unsqueeze(2)  # (B, N, N)
+        equal = noise.unsqueeze(1) == noise.unsqueeze(2)
+        ids_restore = (smaller | equal.tril(-1)).sum(dim=2)
+        ids_shuffle = torch.argsort(ids_restore, dim=1)
+    else:
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)
     mask = (ids_restore >= num_visible).float()
     return ids_shuffle[:, :num_visible], ids_restore, mask
 

@@ -458,7 +458,8 @@ class MAEPreTrainedModel(PreTrainedModel):
                 f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the configuration."
             )
         (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.config.patch_shape
-        if (height, width) != self.config.image_shape and not interpolate_pos_encoding:
+        # In this order: an export for any size must not compare it with that of the configuration.
+        if not interpolate_pos_encoding and (height, width) != self.config.image_shape:
             raise ValueError(
                 f"The images are {height}x{width}, the model was built for "
                 f"{self.config.image_shape[0]}x{self.config.image_shape[1]}: resize them, or pass "
