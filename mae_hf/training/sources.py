@@ -17,6 +17,7 @@ from torch import Tensor
 from ..configuration_mae import nearest
 from .labels import Classes, find_classes
 from .recipe import LabelledRecipe
+from .shards import open_shards
 
 # The builders of `datasets` that read local files other than plain images, by the ending of the file.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -132,12 +133,16 @@ def _load(dataset: str, split: str, streaming: bool) -> tuple[Any, str]:
         digits = _digits()
         return digits.to_iterable_dataset() if streaming else digits, "the handwritten digits of scikit-learn"
     if "*" in path.name:
+        if path.suffix == ".tar":
+            return open_shards(sorted(glob(str(path), recursive=True)), streaming), "local files"
         builder = BUILDERS.get(path.suffix, "imagefolder")
         files = {split: str(path)}
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"a file of images ends in {', '.join(BUILDERS)}, not in {path.suffix!r}.")
+        if path.suffix == ".tar":
+            return open_shards([str(path)], streaming), "local files"
         files = {split: escape(str(path))}
         builder = BUILDERS[path.suffix]
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
@@ -158,6 +163,11 @@ def _load_folder(folder: Path, split: str, streaming: bool) -> Any:
         return saved.to_iterable_dataset() if streaming else saved
     for suffix, builder in BUILDERS.items():
         if any(folder.rglob(f"*{suffix}")):
+            if suffix == ".tar":
+                shards = datasets.load_dataset_builder(builder, data_dir=str(folder)).config.data_files
+                if split not in shards:
+                    raise ValueError(f"there is no split {split!r}. {nearest(split, list(shards))}")
+                return open_shards(shards[split], streaming)
             return datasets.load_dataset(builder, data_dir=str(folder), split=split, streaming=streaming)
     # `datasets` would take a class folder that happens to be called "train" for a split. Sub-folders are splits only
     # if all of them are called like splits.
