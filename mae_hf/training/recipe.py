@@ -229,7 +229,9 @@ class Recipe:
         at_most=1,
     )
     process_timeout: int = setting(
-        1800, "seconds after which a process that others wait for counts as lost", at_least=1
+        1800,
+        "seconds after which a process that others wait for counts as lost; preparing the images may take longer",
+        at_least=1,
     )
     report_to: str = setting(
         "none",
