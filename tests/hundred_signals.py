@@ -151,10 +151,12 @@ class Try:
 
     def fault(self, code: int) -> str:
         output = self.log.read_text()
-        codes = Path(f"{self.log}.codes").read_text().split("\n")[:-1] if "torchrun" in self.receiver else []
-        faults = []
-        if codes != (["code 75"] * 2 if codes else []) or (not codes and code != 75):
-            faults.append(f"codes {codes or code}")
+        codes, faults = [f"code {code}"], []
+        if "torchrun" in self.receiver:
+            told = Path(f"{self.log}.codes")
+            codes = told.read_text().splitlines() if told.exists() else []
+        if codes != ["code 75"] * (2 if "torchrun" in self.receiver else 1):
+            faults.append(f"{codes} of a launcher with code {code}")
         if left := self.processes():
             faults.append(f"left: {[(process.pid, process.status(), process.cmdline()[-1:]) for process in left]}")
         said = re.findall(r"^Stopped by a signal after step (\d+), with a checkpoint", output, re.MULTILINE)
@@ -195,17 +197,31 @@ def main() -> None:
     tries = all_tries(arguments.tries, arguments.seed)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
         write_images(Path(temporary) / "images")
-        wrong = 0
+        faults = []
         print(f"{'try':>4}  {'signal':<8}{'to':<15}{'in the middle of':<18}{'workers':<9}result")
         for index, (attempt, fault) in enumerate(
             zip(tries, pool.map(lambda attempt: attempt.carry_out(Path(temporary)), tries), strict=True), start=1
         ):
-            wrong += bool(fault)
+            faults.append(fault)
             what = f"{attempt.number.name:<8}{attempt.receiver:<15}{attempt.moment:<18}{attempt.workers:<9}"
             print(f"{index:>4}  {what}{fault or 'checkpoint, code 75'}", flush=True)
-    print(f"{len(tries) - wrong} of {len(tries)} left a checkpoint, code 75, one sentence and no process")
-    if wrong:
+    print_kinds(tries, faults)
+    good = faults.count("")
+    print(f"{good} of {len(tries)} left a checkpoint, code 75, one sentence and no process")
+    if good < len(tries):
         sys.exit(1)
+
+
+def print_kinds(tries: list[Try], faults: list[str]) -> None:
+    """How many of each signal, receiver, moment and number of workers have ended well."""
+    for kind in ("number", "receiver", "moment", "workers"):
+        results: dict[str, list[bool]] = {}
+        for attempt, fault in zip(tries, faults, strict=True):
+            value = getattr(attempt, kind)
+            name = value.name if kind == "number" else f"{value} workers" if kind == "workers" else value
+            results.setdefault(name, []).append(not fault)
+        for name, good in sorted(results.items()):
+            print(f"      {name:<18}{sum(good)} of {len(good)}")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def test_signal__while_a_worker_hangs_leaves_a_checkpoint(photos: Path, tmp_path
 def test_signal__is_heeded_with_a_checkpoint_after_each_step(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    when_step(5, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
+    when_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         pretrain(photos, tmp_path / "run", "--epochs", "8", "--save_every", "1")
     assert stopped.value.code == STOPPED
@@ -484,12 +484,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def test_torchrun__restarts_and_ends_bit_equal(photos: Path, tmp_path: Path) -> None:
+def test_torchrun__restarts_and_ends_bit_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--epochs", "80", "--log_every", "5", "--save_every", "10", "--process_timeout", "60"]
     torchrun = [*TORCHRUN, "1", SCRIPT]
     whole = start([*torchrun, *arguments(photos, tmp_path / "whole", *words)], **NEW_STORE)
     assert whole.wait(timeout=120) == 0, output_of(whole)
-    process = start([*torchrun, *arguments(photos, tmp_path / "run", *words)], **NEW_STORE)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    words = [*torchrun, *arguments(photos, tmp_path / "run", *words, "--num_workers", "1")]
+    words.append(f"--output_dir={tmp_path / 'run'}")
+    process = start_group(words)
     wait_for(process, "step 25/")
     script_processes = [p for p in psutil.Process(process.pid).children() if SCRIPT in p.cmdline()]
     script_processes[-1].kill()
@@ -498,6 +501,7 @@ def test_torchrun__restarts_and_ends_bit_equal(photos: Path, tmp_path: Path) -> 
     assert re.search(r"resume    from step \d", rest), rest
     assert losses(metrics(tmp_path / "run")) == losses(metrics(tmp_path / "whole"))
     assert weights_are_equal(tmp_path / "run", tmp_path / "whole")
+    assert all_are_gone(words, 10)  # those that loaded images for the killed process, too
 
 
 def test_torchrun__restarts_that_would_meet_dead_processes_are_refused(photos: Path, tmp_path: Path) -> None:
