@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mae_hf import MAEForImageClassification
 from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
+from mae_hf.training.baseline import doubts
 from mae_hf.training.data import (
     JudgingImages,
     LabelledImages,
@@ -228,6 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{recipe.effective_lr * min(scales):.3g} at the lowest trained layer"
     )
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+        say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 
     if accelerator.is_main_process:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from mae_hf import MAEModel
 from mae_hf.training.augment import eval_transform, train_transform
+from mae_hf.training.baseline import doubts
 from mae_hf.training.data import JudgingImages, LabelledImages, batches, make_schedule, names_of_step
 from mae_hf.training.decode import printable
 from mae_hf.training.evaluate import (
@@ -169,6 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     if selection is not None:
         say(f"choice    among them by {selection.length:,} further training images")
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+        say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 
     if accelerator.is_main_process:

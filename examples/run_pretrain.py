@@ -25,6 +25,7 @@ from torch.utils.data import default_collate
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
+from mae_hf.training.baseline import doubts, doubts_of_end, loss_of_mean
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.hub import HubPush
@@ -125,6 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     say(f"lr        base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}")
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
+    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+        say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 
     if accelerator.is_main_process:
@@ -159,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = DataClock(stop.heeded(loader))
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
     fixed = fixed_batch(source, config, recipe)
+    of_mean = loss_of_mean(images, normalize, config)
 
     def save_reconstructions(path: Path) -> None:
         # Every process takes part, because a sharded model needs them all; one writes.
@@ -226,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "step": step,
                 "epoch": step / schedule.steps_per_epoch,
                 "loss": mean_loss,
+                "loss_of_mean": of_mean,
                 "lr": lr,
                 "images_per_second": steps * recipe.total_batch_size / seconds,
                 "data_wait": data.waited / seconds,
@@ -258,6 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Pre-trained for {total_steps} steps")
+    for doubt in doubts_of_end(folder.history()):
+        say(f"warning   {doubt}")
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")
     say(f"    python examples/visualize.py {folder.path} YOUR_IMAGE.jpg")
 

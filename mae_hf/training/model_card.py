@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .baseline import doubts_of_end
 from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
 from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
@@ -93,6 +94,8 @@ def write_pretraining_card(
         predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",
         final_loss=f"{history[-1]['loss']:.4f}" if history else "not logged",
+        loss_of_mean=f"{history[-1]['loss_of_mean']:.4f}" if history and "loss_of_mean" in history[-1] else None,
+        doubts=doubts_of_end(history),
         curve=loss_table(history),
     )
     card.save(Path(folder) / "README.md")
@@ -167,6 +170,7 @@ def write_classifier_card(
         count=f"{metrics.count:,}",
         metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
         per_class=[(_cell(label), f"{share:.1%}") for share, label in shown],
+        doubts=doubts_of_end(history),
         has_picture=(Path(folder) / "confusion.png").exists(),
         curve=loss_table(history),
     )

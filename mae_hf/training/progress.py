@@ -109,11 +109,12 @@ class Progress:
         self.bar.update()
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show the metrics of a log step: loss, lr, images_per_second, data_wait."""
+        """Show the metrics of a log step: epoch, loss, maybe loss_of_mean, lr, images_per_second, data_wait."""
         if not self.visible:
             return
+        of_mean = f" (mean {record['loss_of_mean']:.4f})" if "loss_of_mean" in record else ""
         text = (
-            f"epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"epoch {record['epoch']:.2f}  loss {record['loss']:.4f}{of_mean}  lr {record['lr']:.2e}  "
             f"{record['images_per_second']:.0f} images/s  waiting for data {record['data_wait']:.0%}"
         )
         if not self.bar.disable:

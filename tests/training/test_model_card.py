@@ -73,6 +73,11 @@ def test_card__the_text_of_a_person(tmp_path: Path) -> None:
     assert '.convert("L")' in card(tmp_path, source_name="user/images", **grey).text
 
 
+def test_card__a_run_that_has_learned_has_no_doubts(tmp_path: Path) -> None:
+    learned = card(tmp_path, "images", history=[{**record, "loss_of_mean": 0.98} for record in HISTORY]).text
+    assert "at the end: 0.0250; a model that predicts just the mean has 0.9800.\n\n| step" in learned
+
+
 @pytest.mark.parametrize(("records", "said"), [(2, "for 0.5 of 10 epochs"), (39, "for 10 epochs"), (0, "not logged")])
 def test_card__of_a_run_that_is_not_over(records: int, said: str, tmp_path: Path) -> None:
     assert said in card(tmp_path, source_name="user/images", history=HISTORY[:records]).text
