@@ -7,6 +7,7 @@ process. Takes some twenty minutes on two cores, most of them for starting Pytho
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -60,11 +61,12 @@ class Try:
             launcher.wait(PATIENCE)
             time.sleep(5)
             return self.fault(launcher.returncode)
-        except (TimeoutError, subprocess.TimeoutExpired) as error:
-            return f"{type(error).__name__}: {self.log.read_text()[-2000:]}"
+        except (OSError, subprocess.TimeoutExpired, psutil.Error) as error:
+            return f"{error!r}: {self.log.read_text()[-2000:]}"
         finally:
             for process in self.processes():
-                process.kill()
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
     def start(self, images: Path) -> subprocess.Popen[bytes]:
         words = ["--dataset", str(images), "--output_dir", str(self.run), "--num_workers", str(self.workers), *TINY]
@@ -145,7 +147,8 @@ class Try:
             os.killpg(launcher.pid, self.number)
         elif self.receiver == "torchrun, all":  # as srun does it
             for process in self.processes():
-                process.send_signal(self.number)
+                with contextlib.suppress(psutil.Error):  # torchrun has ended it
+                    process.send_signal(self.number)
         else:
             launcher.send_signal(self.number)
 
@@ -158,7 +161,7 @@ class Try:
         if codes != ["code 75"] * (2 if "torchrun" in self.receiver else 1):
             faults.append(f"{codes} of a launcher with code {code}")
         if left := self.processes():
-            faults.append(f"left: {[(process.pid, process.status(), process.cmdline()[-1:]) for process in left]}")
+            faults.append(f"left: {[str(process) for process in left]}")
         said = re.findall(r"^Stopped by a signal after step (\d+), with a checkpoint", output, re.MULTILINE)
         if len(said) != 1 or not (self.run / "checkpoints" / f"step-{int(said[0]):08d}" / "checksums.json").exists():
             faults.append(f"said {said}, checkpoints {[p.name for p in (self.run / 'checkpoints').glob('*')]}")
