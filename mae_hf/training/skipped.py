@@ -78,8 +78,8 @@ class Skipped:
         if len(self.images) > most_skipped(self.largest_share, of):
             raise ValueError(
                 f"{len(self.images)} of {of:,} images cannot be used, more than the share of {self.largest_share:g} "
-                f"that max_skipped_images allows. They are listed in {self.folder.skipped}: mend or remove them, or "
-                f"allow more."
+                f"that max_skipped_images allows, for instance: {found[0]['image']} They are listed in "
+                f"{self.folder.skipped}: mend or remove them, or allow more."
             )
 
     def leave_out_step(self, step: int, most: int) -> None:
