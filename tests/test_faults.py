@@ -184,6 +184,7 @@ def assert_stopped(process: subprocess.Popen[str], words: list[str], run: Path) 
     assert all_are_gone(words, 5)
 
 
+@pytest.mark.slow
 def test_signal__to_every_process_leaves_a_checkpoint(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [
