@@ -213,8 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in bare_model.parameters())
     trained = sum(parameter.numel() for parameter in bare_model.parameters() if parameter.requires_grad)
     scales = [group["lr_scale"] for group in groups]
-    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
-    say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
+    say(f"images    {source.summary}")
+    say(f"judges    {judges.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"model     {parameters:,} parameters, {trained:,} of them trained")

@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
-    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
-    say(f"judges    {'a stream' if judges.is_stream else f'{judges.length:,} images'}")
+    say(f"images    {source.summary}")
+    say(f"judges    {judges.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")

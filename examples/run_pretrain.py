@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     encoder_parameters = sum(parameter.numel() for parameter in bare_model.vit.parameters())
     height, width = config.image_shape
     visible = config.num_visible_patches(config.num_patches)
-    say(f"images    {source.name}, {'a stream' if source.is_stream else f'{source.length:,} images'}")
+    say(f"images    {source.summary}")
     say(f"model     {parameters:,} parameters, {encoder_parameters:,} in the encoder")
     say(f"weights   {recipe.model_name_or_path or 'new'}")
     say(f"patches   {height}x{width} pixels in {config.num_patches} patches, the encoder sees {visible}")

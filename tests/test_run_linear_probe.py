@@ -1,6 +1,7 @@
 """examples/run_linear_probe.py, run for real on small images, and what it leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import run_linear_probe
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
 from torch import Tensor
@@ -191,8 +193,13 @@ def test_attentive_probe__learns_what_the_tokens_hold(pets: Path, checkpoint: Pa
 
 
 def test_stream__is_probed_as_the_files_are(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
-    halves = ["--eval_split", "train", "--images_per_epoch", "24"]  # the same images judge, here
-    base = ["--dataset", str(pets), "--model_name_or_path", str(checkpoint), *SMALL[2:], *halves, *CACHED]
+    shutil.copytree(pets, tmp_path / "pets" / "train")
+    for path in (tmp_path / "pets" / "train").rglob("*.png"):
+        mirrored = tmp_path / "pets" / "val" / path.relative_to(tmp_path / "pets" / "train")
+        mirrored.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.invert(Image.open(path)).save(mirrored)
+    halves = ["--eval_split", "val", "--images_per_epoch", "24"]
+    base = ["--dataset", str(tmp_path / "pets"), "--model_name_or_path", str(checkpoint), *SMALL[2:], *halves, *CACHED]
     for name, more in (("files", []), ("stream", ["--streaming", "true", "--num_labels", "3"])):
         AcceleratorState._reset_state(reset_partial_state=True)
         run_linear_probe.main([*base, *more, "--output_dir", str(tmp_path / name)])

@@ -7,6 +7,7 @@ runs this file before its own imports (`check_command_line`), so that a mistake 
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -44,6 +45,8 @@ TRACKERS = {
 }
 STEPS_PER_EPOCH = 5  # at the least, with a batch that is left to the number of images
 SMALLEST_BATCH = 16  # which is not halved any more
+
+FOLDERS_OF_A_PROJECT = frozenset({"runs", "data", "datasets", "images", "photos", "shards", "checkpoints"})
 
 RecipeType = TypeVar("RecipeType", bound="Recipe")
 
@@ -127,7 +130,12 @@ class Recipe:
         "a folder of images; parquet, arrow or webdataset tar files; the name of a Hub data set; or 'digits', the "
         "images inside scikit-learn",
     )
-    split: str = setting("train", "split of the data set to train on")
+    split: str = setting(
+        "train",
+        "split of the data set to train on: a sub-folder or split of that name, in any case, or of that kind (val for "
+        "validation, name_test); where there are none, everything is 'train'",
+    )
+    dataset_config: str | None = setting(None, "configuration of a Hub data set that has several")
     image_column: str | None = setting(None, "column that holds the image; found by itself if there is just one")
     streaming: bool = setting(False, "read the data set as a stream, without a copy on this disk")
     shuffle_buffer: int = setting(1000, "out of how many images a stream draws the next one", at_least=1)
@@ -431,8 +439,12 @@ class LabelledRecipe(Recipe):
     labels_per_class: int | None = setting(
         None, "train on this many images of each class, drawn by the seed", at_least=1
     )
-    eval_dataset: str | None = setting(None, "where the images are that judge; else the same data set")
-    eval_split: str | None = setting(None, "split of the images that judge, 'validation' for instance")
+    eval_dataset: str | None = setting(
+        None, "evaluation set, where it is another data set; it needs no eval_split, unless it has several"
+    )
+    eval_split: str | None = setting(
+        None, "split of the evaluation set, 'validation' for instance, see split; overrides a recipe's eval_fraction"
+    )
     eval_fraction: float | None = setting(
         None,
         "no such split: take this share of each class out of the training images, drawn by the seed",
@@ -446,18 +458,24 @@ class LabelledRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.eval_split is None) == (self.eval_fraction is None):
+        for name in ("eval_split", "eval_dataset"):
+            if self.eval_fraction is not None and getattr(self, name) is not None:
+                raise ValueError(f"eval_fraction takes images out of the training images: leave {name} or it out.")
+        if not self.only_evaluates and (self.eval_fraction, self.eval_split, self.eval_dataset) == (None, None, None):
             raise ValueError(
-                "Say which images judge the model: either --eval_split NAME, or --eval_fraction SHARE to take them out "
-                "of the training images."
+                "Say what the evaluation set is: --eval_split NAME of the data set, another --eval_dataset, or "
+                "--eval_fraction SHARE to take it out of the training images."
             )
-        if self.eval_dataset is not None and self.eval_fraction is not None:
-            raise ValueError("eval_fraction takes images out of the training images: leave eval_dataset out.")
         if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
             raise ValueError(
                 "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
                 "an eval_split."
             )
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether there is nothing to train, so that no training images are needed."""
+        return False
 
 
 def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[list[float], list[float]]:
@@ -535,13 +553,20 @@ class FinetuneRecipe(LabelledRecipe):
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the model")
     eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end", above=0)
-    eval_only: bool = setting(False, "judge model_name_or_path on the images that judge, and stop")
+    eval_only: bool = setting(
+        False,
+        "judge model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well",
+    )
     output_dir: str = setting("runs/finetune", "the run folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("eval_only needs a model to judge: --model_name_or_path.")
+
+    @property
+    def only_evaluates(self) -> bool:
+        return self.eval_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -785,7 +810,8 @@ def parse_recipe(
     chosen, _ = parser.parse_known_args(words)
     if chosen.recipe is not None:
         # The file becomes words in front of the command line: one parser converts and refuses both, the last word wins.
-        words = _as_arguments(find_recipe(chosen.recipe, recipe_folder or RECIPES), by_name) + words
+        given = {word.split("=")[0].removeprefix("--") for word in words}
+        words = _as_arguments(find_recipe(chosen.recipe, recipe_folder or RECIPES), by_name, given) + words
     chosen, unknown = parser.parse_known_args(words)
     if unknown:
         key = unknown[0].lstrip("-").split("=")[0]
@@ -799,8 +825,16 @@ def parse_recipe(
     return recipe_class(**settings)
 
 
-def _as_arguments(path: Path, known: "dict[str, Field[Any]]") -> list[str]:
-    """The settings of a file as words of a command line.
+# A setting of the command line that takes the place of others in a recipe file.
+OVERRIDES = {
+    "eval_split": {"eval_fraction"},
+    "eval_dataset": {"eval_fraction", "eval_split"},
+    "eval_fraction": {"eval_split", "eval_dataset"},
+}
+
+
+def _as_arguments(path: Path, known: "dict[str, Field[Any]]", given: set[str]) -> list[str]:
+    """The settings of a file as words of a command line, but for those that the `given` ones take the place of.
 
     The words are those of the file, without YAML's own ideas of what `no` or `1e-4` is, and nothing is built from them.
 
@@ -822,6 +856,7 @@ def _as_arguments(path: Path, known: "dict[str, Field[Any]]") -> list[str]:
         return []
     if not isinstance(root, yaml.MappingNode):
         refuse(root, "a recipe is made of lines such as `epochs: 100`, and this is something else.")
+    left_out = {other for name in given for other in OVERRIDES.get(name, ())} - given
     words: list[str] = []
     lines: dict[str, int] = {}
     for key_node, value_node in root.value:
@@ -844,7 +879,8 @@ def _as_arguments(path: Path, known: "dict[str, Field[Any]]") -> list[str]:
         values = [_word(node) for node in nodes]
         if values == ["none"] and not _may_be_unset(known[key]) and _kind(known[key]) is not str:
             refuse(value_node, f"{key} cannot be left without a value.")
-        words += [f"--{key}", *values] if is_list else [f"--{key}={values[0]}"]
+        if key not in left_out:
+            words += [f"--{key}", *values] if is_list else [f"--{key}={values[0]}"]
     return words
 
 
@@ -892,8 +928,8 @@ def read_recipe(
     recipe = parse_recipe(recipe_class, words)
     for name in ("model_name_or_path", "dataset", "eval_dataset"):
         path = getattr(recipe, name, None)
-        if path is not None and looks_local(path) and not Path(path).exists():
-            raise ValueError(f"{name} {path!r} is a path, and there is nothing of that name.{_how_to_make(path)}")
+        if path is not None and is_absent_path(path):
+            raise ValueError(f"{name}: {absence(path)}")
     packages = TRACKERS.get(recipe.report_to, ())
     if packages and not any(map(find_spec, packages)):
         raise ValueError(f"report_to {recipe.report_to} needs a package that is not there: pip install {packages[0]}.")
@@ -907,22 +943,41 @@ def read_recipe(
     return recipe
 
 
-def looks_local(name: str) -> bool:
-    """Whether the name of a model or of a data set can only be a path: on the Hub it would be `name` or `user/name`."""
-    if "://" in name or any(character in name for character in "*?[{"):
+def is_absent_path(name: str) -> bool:
+    """Whether a name can only be meant as a path, and nothing is there, so that it is no use to ask the Hub for it.
+
+    The Hub has names and user/names. A path starts with / . or ~, has more than one /, ends like a file, begins with
+    a folder that projects have, or is nearly the path of something that is there.
+    """
+    path = Path(name).expanduser()
+    if "://" in name or any(character in name for character in "*?[{") or path.exists():
         return False
-    return name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1 or "\\" in name
+    if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/"):
+        return True
+    if re.search(r"\.(parquet|arrow|tar|zip|tgz|gz|safetensors|pth|pt|bin|jpe?g|png)$", name):
+        return True
+    return "/" in name and (path.parts[0] in FOLDERS_OF_A_PROJECT or _nearest_path(path) is not None)
 
 
-def _how_to_make(path: str) -> str:
-    """The recipe that makes a run folder, as a sentence, or ""."""
+def absence(name: str) -> str:
+    """A sentence, without its capital, about a path with nothing there, and what to do."""
+    sentence = f"there is no such file or folder as {name} (seen from {Path.cwd()})."
     for file in sorted(RECIPES.glob("*.yaml")):
-        text = file.read_text()
-        if f"\noutput_dir: {path.rstrip('/')}\n" in text:
+        text = file.read_text(encoding="utf-8")
+        if f"\noutput_dir: {name.rstrip('/')}\n" in text:
             script = "run_linear_probe" if "probe" in file.stem else "run_pretrain"
             script = "run_finetune" if "\neval_" in text and script == "run_pretrain" else script
-            return f" To make it: accelerate launch examples/{script}.py --recipe {file.stem}"
-    return ""
+            return f"{sentence} To make it: accelerate launch examples/{script}.py --recipe {file.stem}"
+    near = _nearest_path(Path(name).expanduser())
+    return f"{sentence} Did you mean {near}?" if near else sentence
+
+
+def _nearest_path(path: Path) -> Path | None:
+    try:
+        names = get_close_matches(path.name, [child.name for child in path.parent.iterdir()], 1)
+    except OSError:
+        return None
+    return path.with_name(names[0]) if names else None
 
 
 def check_command_line(recipe_class: str, default: str | None = None) -> None:

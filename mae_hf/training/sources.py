@@ -1,27 +1,26 @@
 """From a name to encoded images, with labels if they are wanted; and how labelled images are divided."""
 
-import hashlib
 import io
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import DatasetCard
 from PIL import Image
 from torch import Tensor
 
 from ..configuration_mae import nearest
+from .decode import printable
+from .folders import Found, choose_split, is_pattern, names_hash, open_files, open_folder
 from .labels import Classes, find_classes
-from .recipe import LabelledRecipe
-from .shards import open_shards
-
-# The builders of `datasets` that read local files other than plain images, by the ending of the file.
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
+from .overlap import shared_images
+from .recipe import LabelledRecipe, absence, is_absent_path
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class ImageSource:
         files below the folder, or of what else identifies the data set}; nothing is read for it, so a picture that
         was edited in place is not seen. Of a stream the number may be None. It stays that of the whole data set where
         some of its images are selected.
+    read_from: the tables, shards, folder or part of a Hub data set that the images come from.
+    remarks: what a person should know of the images, what was left out for instance.
     """
 
     name: str
@@ -43,6 +44,8 @@ class ImageSource:
     length: int | None
     classes: Classes | None = None
     fingerprint: dict[str, Any] | None = None
+    read_from: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def is_stream(self) -> bool:
@@ -54,36 +57,48 @@ class ImageSource:
         """The names of the classes; none where labels were not asked for."""
         return self.classes.names if self.classes is not None else []
 
+    @property
+    def summary(self) -> str:
+        """Name, number and remarks, for a person."""
+        number = "a stream" if self.is_stream else f"{self.length:,} images"
+        return printable("; ".join((f"{self.name}, {number}", *self.remarks)))
+
 
 def open_source(
     dataset: str,
-    split: str = "train",
+    split: str | None = "train",
     image_column: str | None = None,
     streaming: bool = False,
     labelled: bool = False,
     label_column: str | None = None,
     num_labels: int | None = None,
+    config: str | None = None,
+    whole: bool = False,
 ) -> ImageSource:
     """Find the images that a recipe names.
 
     Args:
         dataset: a folder of images, flat or with sub-folders, or with one sub-folder a split; a parquet, arrow or
-            webdataset tar file, a pattern of several (`"shards/*.tar"`), or a folder of them; a folder written by
-            `save_to_disk`; `"digits"`, the images inside scikit-learn; else the name of a data set on the Hub.
-        split: the split to read, where there are several.
+            webdataset tar file, a pattern of several (`"shards/{000..003}.tar"`), or a folder of them; a folder written
+            by `save_to_disk`; `"digits"`, the images inside scikit-learn; else the name of a data set on the Hub.
+        split: the split to read, see `choose_split`; where there are none, everything is "train".
         image_column: the column of images, where it is not the only one.
         streaming: read one image after the other, without a copy or an index on this disk.
         labelled: read the labels, too. Class folders have them; numbers and words in a column will do.
         label_column: the column of labels, where it is not the only one.
         num_labels: how many classes there are, for a stream of bare numbers.
+        config: the configuration of a Hub data set that has several, or of a clone of it.
+        whole: read a data set without splits whatever split is asked for.
 
     Raises:
-        ValueError: nothing of that name, no images in it, no single column of images or of labels.
+        ValueError: nothing of that name, no such split, no images in it, no single column of images or of labels.
     """
     try:
-        loaded, name = _load(dataset, split, streaming)
+        found = _find(dataset, split, whole, streaming, labelled, config)
     except (ValueError, OSError) as error:  # the errors of `datasets`, a missing file and an unreachable Hub among them
-        raise ValueError(f"The images of {dataset!r} (split {split!r}) cannot be opened: {error}") from error
+        named = f" (split {split!r})" if split else ""
+        raise ValueError(f"The images of {dataset!r}{named} cannot be opened: {error}") from error
+    loaded = found.data
     column = _image_column(loaded.features, dataset, image_column)
     names = {column: "image"}
     classes = None
@@ -93,94 +108,79 @@ def open_source(
         names[label_column] = "label"
     images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
     images = images.rename_columns({old: new for old, new in names.items() if old != new})
-    if isinstance(images, datasets.IterableDataset):
-        splits = loaded.info.splits or {}
-        length = splits[split].num_examples if split in splits else None
-    else:
-        length = len(images)
+    length = found.length if isinstance(images, datasets.IterableDataset) else len(images)
     if length == 0 or next(iter(images), None) is None:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
-    fingerprint = {"images": length or None, "names": _names_hash(images, dataset)}
-    return ImageSource(name, images, length or None, classes, fingerprint)
+    fingerprint = {"images": length or None, "names": found.names}
+    return ImageSource(found.name, images, length or None, classes, fingerprint, found.read_from, tuple(found.remarks))
 
 
-def _names_hash(images: Any, dataset: str) -> str:
-    """A hash of the names of a data set's files and, of tables and shards, of their sizes; not of where they lie."""
-    path = Path(dataset).expanduser()
-    if dataset == "digits" or not (path.exists() or "*" in dataset):  # a data set of the Hub
-        return _hash([dataset])
-    saved = path / "state.json"
-    if saved.exists():
-        return _hash([saved.read_text()])
-    files = [Path(file) for file in glob(str(path), recursive=True)] if not path.is_dir() else list(path.rglob("*"))
-    tables = [file for file in files if file.suffix in BUILDERS]
-    if tables:
-        return _hash(f"{file.name} {file.stat().st_size}" for file in tables)
-    root = path if path.is_dir() else Path(str(path).split("*")[0]).parent
-    if isinstance(images, datasets.IterableDataset):
-        return _hash(str(file.relative_to(root)) for file in files if file.is_file())
-    return _hash(str(Path(row["path"]).relative_to(root.absolute())) for row in images["image"])
-
-
-def _hash(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _load(dataset: str, split: str, streaming: bool) -> tuple[Any, str]:
-    """The data set of `datasets`, and what a card may call it."""
+def _find(dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None) -> Found:
+    """The data set of `datasets`, with all of its columns."""
     path = Path(dataset).expanduser()
     if dataset == "digits" and not path.exists():
+        choose_split(split, [], whole)
         digits = _digits()
-        return digits.to_iterable_dataset() if streaming else digits, "the handwritten digits of scikit-learn"
-    if "*" in path.name:
-        if path.suffix == ".tar":
-            return open_shards(sorted(glob(str(path), recursive=True)), streaming), "local files"
-        builder = BUILDERS.get(path.suffix, "imagefolder")
-        files = {split: str(path)}
-        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"a file of images ends in {', '.join(BUILDERS)}, not in {path.suffix!r}.")
-        if path.suffix == ".tar":
-            return open_shards([str(path)], streaming), "local files"
-        files = {split: escape(str(path))}
-        builder = BUILDERS[path.suffix]
-        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming), "local files"
+        data = digits.to_iterable_dataset() if streaming else digits
+        return Found("the handwritten digits of scikit-learn", data, names_hash(["digits"]), ("digits",), len(digits))
+    if is_pattern(str(path)):
+        return open_files(str(path), split, whole, streaming, labelled)
+    if is_absent_path(dataset):
+        raise ValueError(absence(dataset))
     if path.is_dir():
-        return _load_folder(path, split, streaming), "a local folder of images"
-    if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1:
-        raise ValueError("there is no such file or folder.")
-    return datasets.load_dataset(dataset, split=split, streaming=streaming), dataset
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _from_save_to_disk(path, split, whole, streaming)
+        if not _has_configurations(path):
+            return open_folder(path, split, whole, streaming, labelled)
+        return replace(_from_hub(str(path), config, split, whole, streaming), name="a local data set")
+    if path.exists():
+        return open_files(str(path), split, whole, streaming, labelled)
+    return _from_hub(dataset, config, split, whole, streaming)
 
 
-def _load_folder(folder: Path, split: str, streaming: bool) -> Any:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # written by save_to_disk
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"there is no split {split!r}. {nearest(split, list(saved))}")
-            saved = saved[split]
-        return saved.to_iterable_dataset() if streaming else saved
-    for suffix, builder in BUILDERS.items():
-        if any(folder.rglob(f"*{suffix}")):
-            if suffix == ".tar":
-                shards = datasets.load_dataset_builder(builder, data_dir=str(folder)).config.data_files
-                if split not in shards:
-                    raise ValueError(f"there is no split {split!r}. {nearest(split, list(shards))}")
-                return open_shards(shards[split], streaming)
-            return datasets.load_dataset(builder, data_dir=str(folder), split=split, streaming=streaming)
-    # `datasets` would take a class folder that happens to be called "train" for a split. Sub-folders are splits only
-    # if all of them are called like splits.
-    subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    if subfolders and subfolders <= SPLIT_FOLDERS:
-        if split not in subfolders:
-            raise ValueError(f"its sub-folders are the splits {', '.join(sorted(subfolders))}.")
-        folder = folder / split
-    files = {split: f"{escape(str(folder))}/**"}
+def _from_save_to_disk(folder: Path, split: str | None, whole: bool, streaming: bool) -> Found:
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        chosen = choose_split(split, list(saved), whole) or ""
+        saved, folder = saved[chosen], folder / chosen
+    else:
+        choose_split(split, [], whole)
+    names = names_hash([(folder / "state.json").read_text()])
+    data = saved.to_iterable_dataset() if streaming else saved
+    return Found("local files", data, names, (os.path.realpath(folder),), len(saved))
+
+
+def _has_configurations(folder: Path) -> bool:
+    """Whether this is a clone of a Hub data set whose README.md says which files belong to what."""
     try:
-        return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
-    except (ValueError, FileNotFoundError) as error:  # "corresponds to no data": true, but no help
-        raise ValueError(f"there is no image file in {folder} or below.") from error
+        return bool(DatasetCard.load(folder / "README.md").data.get("configs"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _from_hub(dataset: str, config: str | None, split: str | None, whole: bool, streaming: bool) -> Found:
+    """A data set of the Hub, or a clone of one."""
+    try:
+        if split is None:
+            split = choose_split(None, datasets.get_dataset_split_names(dataset, config))
+        try:
+            data = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
+        except ValueError as error:
+            if "split" not in str(error):
+                raise
+            split = choose_split(split, datasets.get_dataset_split_names(dataset, config), whole)
+            data = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
+    except (ValueError, OSError) as error:
+        if "Config name is missing" in str(error):
+            names = ", ".join(datasets.get_dataset_config_names(dataset))
+            raise ValueError(f"it has the configurations {names}: say which with --dataset_config.") from error
+        if Path(dataset).exists():
+            raise
+        raise ValueError(f"it is no file or folder here, and from the Hub it cannot be had: {error}") from error
+    splits = data.info.splits or {}
+    length = splits[split].num_examples if split in splits else None
+    part = f"{dataset} {config or ''} {split}"
+    return Found(dataset, data, names_hash([part]), (part,), length)
 
 
 def _digits() -> datasets.Dataset:
@@ -243,13 +243,12 @@ def hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSour
     Raises:
         ValueError: no class has two.
     """
-    held: list[int] = []
+    is_held = np.zeros(len(source.images), dtype=bool)
     for members in _shuffled_classes(source, seed):
-        held += members[: min(max(1, round(fraction * len(members))), len(members) - 1)]
-    kept = sorted(set(range(len(source.images))) - set(held))
-    if not held:
+        is_held[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
+    if not is_held.any():
         raise ValueError(f"Nothing is left to evaluate on: {source.name} has no class of two images.")
-    return select(source, kept), select(source, sorted(held))
+    return select(source, np.flatnonzero(~is_held)), select(source, np.flatnonzero(is_held))
 
 
 def few_labels(source: ImageSource, per_class: int, seed: int) -> ImageSource:
@@ -258,18 +257,22 @@ def few_labels(source: ImageSource, per_class: int, seed: int) -> ImageSource:
     Raises:
         ValueError: a class has fewer.
     """
-    chosen: list[int] = []
+    chosen = []
     for label, members in enumerate(_shuffled_classes(source, seed)):
         if len(members) < per_class:
             name = source.label_names[label]
             raise ValueError(f"labels_per_class is {per_class}, but there are {len(members)} images of {name!r}.")
-        chosen += members[:per_class]
-    return select(source, sorted(chosen))
+        chosen.append(members[:per_class])
+    return select(source, np.sort(np.concatenate(chosen)))
 
 
-def select(source: ImageSource, indices: list[int]) -> ImageSource:
+def select(source: ImageSource, indices: Sequence[int] | np.ndarray) -> ImageSource:
     """Some of the images."""
-    return replace(source, images=source.images.select(indices), length=len(indices))
+    # `datasets` would make a name of its own from all the indices, in a second for a million.
+    images = source.images.select(
+        indices, new_fingerprint=names_hash(map(str, (indices[0], indices[-1], len(indices))))
+    )
+    return replace(source, images=images, length=len(indices))
 
 
 def seed_of(*numbers: int) -> int:
@@ -282,31 +285,48 @@ def image_order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
 
 
-def _shuffled_classes(source: ImageSource, seed: int) -> list[list[int]]:
+def _shuffled_classes(source: ImageSource, seed: int) -> list[np.ndarray]:
     """The indices of each class in an order that depends on the seed alone."""
     assert source.classes is not None
-    labels = torch.from_numpy(source.classes.numbers_of(source.images))
-    order = image_order(len(labels), seed, epoch=0)
-    return [order[labels[order] == label].tolist() for label in range(len(source.label_names))]
+    labels = source.classes.numbers_of(source.images)
+    order = image_order(len(labels), seed, epoch=0).numpy()
+    by_class = order[np.argsort(labels[order], kind="stable")]  # those without a class come first
+    ends = np.searchsorted(labels[by_class], np.arange(-1, len(source.label_names)), side="right")
+    return np.split(by_class, ends)[1:-1]
 
 
 def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
-    """The images that a recipe trains on, and those that judge.
+    """The images that a recipe trains on, and the evaluation set; with `eval_only` the evaluation set twice.
 
     Raises:
         ValueError: see `open_source`, `hold_out` and `few_labels`; or those that judge have other classes.
     """
 
-    def labelled(dataset: str, split: str) -> ImageSource:
+    def labelled(dataset: str, split: str | None, whole: bool) -> ImageSource:
         return open_source(
-            dataset, split, recipe.image_column, recipe.streaming, True, recipe.label_column, recipe.num_labels
+            dataset,
+            split,
+            recipe.image_column,
+            recipe.streaming,
+            True,
+            recipe.label_column,
+            recipe.num_labels,
+            recipe.dataset_config,
+            whole,
         )
 
-    train = labelled(recipe.dataset, recipe.split)
     if recipe.eval_fraction is not None:
-        train, judges = hold_out(train, recipe.eval_fraction, recipe.seed)
+        train, judges = hold_out(labelled(recipe.dataset, recipe.split, False), recipe.eval_fraction, recipe.seed)
     else:
-        judges = labelled(recipe.eval_dataset or recipe.dataset, recipe.eval_split or recipe.split)
+        eval_split = recipe.eval_split
+        if recipe.only_evaluates and eval_split is None and recipe.eval_dataset is None and recipe.split != "train":
+            eval_split = recipe.split
+        is_whole = recipe.only_evaluates or recipe.eval_dataset is not None
+        judges = labelled(recipe.eval_dataset or recipe.dataset, eval_split, is_whole)
+        if recipe.only_evaluates:
+            return judges, judges
+        train = labelled(recipe.dataset, recipe.split, False)
+        judges = _apart(train, judges)
     if judges.classes is not None and judges.label_names != train.label_names:
         try:
             judges = replace(judges, classes=judges.classes.renumbered(train.label_names))
@@ -318,3 +338,23 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, judges
+
+
+def _apart(train: ImageSource, judges: ImageSource) -> ImageSource:
+    """The evaluation images, with a remark if some of them are training images, too.
+
+    Raises:
+        ValueError: both are read from the same file, folder or split, or share more than a few images.
+    """
+    remark = ""
+    try:
+        if both := set(train.read_from) & set(judges.read_from):
+            raise ValueError(f"both are read from {min(both)}.")
+        if isinstance(train.images, datasets.Dataset) and isinstance(judges.images, datasets.Dataset):
+            remark = shared_images(train.images, judges.images)
+    except ValueError as error:
+        raise ValueError(
+            f"The evaluation set has to have other images than the training set, but {error} Name another --eval_split "
+            f"or --eval_dataset, or take a share of the training images with --eval_fraction."
+        ) from error
+    return replace(judges, remarks=(*judges.remarks, remark)) if remark else judges

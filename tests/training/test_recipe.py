@@ -103,8 +103,9 @@ def test_imagenet_finetuning__by_hand(
 
 def test_labelled_recipe__refuses_with_a_sentence() -> None:
     for words, sentence in (
-        ([], "Say which images judge the model"),
-        (["--eval_split", "test", "--eval_fraction", "0.1"], "Say which images judge the model"),
+        ([], "Say what the evaluation set is"),
+        (["--eval_split", "test", "--eval_fraction", "0.1"], "leave eval_split or it out"),
+        (["--eval_dataset", "other", "--eval_fraction", "0.1"], "leave eval_dataset or it out"),
         (["--eval_fraction", "1.5"], "eval_fraction must be above 0 and below 1, but is 1.5"),
         (["--eval_fraction", "0.1", "--streaming", "true"], "A stream cannot be divided by class"),
         (["--eval_split", "test", "--layer_decay", "0"], "layer_decay must be above 0"),
@@ -387,10 +388,10 @@ def refused(script: str, *words: str) -> str:
         (
             "run_pretrain",
             ["--dataset", "./nowhere/at/all"],
-            "dataset './nowhere/at/all' is a path, and there is nothing",
+            "dataset: there is no such file or folder as ./nowhere/at/all",
         ),
         ("run_finetune", ["--eval_fraction", "2"], "eval_fraction must be above 0 and below 1"),
-        ("run_finetune", ["--dataset", "a/b"], "Say which images judge the model"),
+        ("run_finetune", ["--dataset", "a/b"], "Say what the evaluation set is"),
         ("run_linear_probe", ["--eval_split", "test"], "A probe needs an encoder to look at"),
     ],
 )
