@@ -216,7 +216,8 @@ class Recipe:
     )
     mixed_precision: str | None = setting(
         None,
-        "no, bf16 or fp16; if not given: what accelerate was told, else bf16 on a GPU that has it",
+        "no, bf16 or fp16, and goes before what accelerate was told; if not given: what accelerate was told, by its "
+        "command line or configuration, else bf16 on a GPU that computes in it rather than emulating it",
         choices=("no", "bf16", "fp16"),
     )
     attn_implementation: str | None = setting(

@@ -1,15 +1,19 @@
 """The run folder: recipe, versions, metrics, checkpoints and resume."""
 
 import json
+import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import is_bf16_available
 
 from .checkpoints import Checkpoints
@@ -109,8 +113,26 @@ class RunFolder:
 
 
 def best_precision() -> str | None:
-    """bf16 where an accelerator has it; on a CPU, what `accelerate config` says."""
-    return "bf16" if torch.accelerator.is_available() and is_bf16_available() else None
+    """What to compute in where the recipe doesn't say: `None`, which is what Accelerate was told, or else bf16.
+
+    bf16 only where an accelerator computes in it: older cards emulate it, more slowly than float32.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if told not in (None, "no") or (told == "no" and not _is_launchers_own_no()):
+        return None
+    if not torch.accelerator.is_available():
+        return None
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return "bf16" if is_bf16_available() else None
+
+
+def _is_launchers_own_no() -> bool:
+    """Whether nobody said "no": without the option and without a configuration `accelerate launch` says it itself."""
+    parent = psutil.Process().parent()
+    words = [word.partition("=")[0].replace("-", "_") for word in (parent.cmdline() if parent is not None else [])]
+    is_accelerate = any(os.path.basename(word).startswith("accelerate") for word in words)
+    return is_accelerate and not {"__mixed_precision", "__config_file"} & {*words} and not exists(default_config_file)
 
 
 def start_trackers(accelerator: Accelerator, recipe: Any) -> None:
