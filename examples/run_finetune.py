@@ -57,9 +57,6 @@ from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
 
-EXAMPLES = Path(__file__).resolve().parent
-CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_finetune.md"
-
 
 def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForImageClassification, bool]:
     """The encoder of the recipe's checkpoint under a head, or a model from scratch; and whether the head is new.
@@ -379,9 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     save_model(folder.path)
     if accelerator.is_main_process:
         report(metrics)
-        write_classifier_card(
-            folder.path, CARD_TEMPLATE, recipe, source.name, folder.history(), parameters, metrics, label_names
-        )
+        write_classifier_card(folder.path, recipe, source.name, folder.history(), parameters, metrics, label_names)
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Fine-tuned for {total_steps} steps")

@@ -39,8 +39,6 @@ from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
 
-EXAMPLES = Path(__file__).resolve().parent
-CARD_TEMPLATE = EXAMPLES.parent / "model_cards" / "template_pretrain.md"
 PICTURES = 8
 
 
@@ -180,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
             processor.save_pretrained(folder.path)
-            write_pretraining_card(folder.path, CARD_TEMPLATE, recipe, source.name, folder.history(), parameters)
+            write_pretraining_card(folder.path, recipe, source.name, folder.history(), parameters)
 
     def names(step: int) -> list[str]:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)

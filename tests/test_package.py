@@ -1,11 +1,18 @@
-"""What an installed package is made of: its dependencies are declared."""
+"""What an installed package is made of: its dependencies, its recipes and templates, without a clone."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
+from test_run_pretrain import SMALL
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,3 +32,40 @@ def test_dependencies__everything_imported_is_declared() -> None:
     assert {"torch", "pyyaml"} <= needed
     declared = {re.split(r"[<>=\[]", line)[0].lower() for line in PROJECT["dependencies"]}
     assert needed - declared <= OPTIONAL
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel would install."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel: it is in the extra test")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_wheel__has_the_recipes_and_the_templates(site: Path) -> None:
+    recipes = sorted(path.name for path in (site / "mae_hf" / "recipes").iterdir())
+    assert recipes == sorted(path.name for path in (ROOT / "examples" / "recipes").iterdir())
+    assert sorted(path.name for path in (site / "mae_hf" / "templates").iterdir()) == ["finetune.md", "pretrain.md"]
+
+
+@pytest.mark.slow
+def test_script__copied_out_of_the_clone_finds_its_recipe_and_writes_its_card(
+    site: Path, pets: Path, tmp_path: Path
+) -> None:
+    script = shutil.copy(ROOT / "examples" / "run_pretrain.py", tmp_path)
+    words = ["--recipe", "vit_base_imagenet", "--dataset", str(pets), "--mixed_precision", "no", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(site), "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [sys.executable, script, *words, "--output_dir", "run"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "masked autoencoder" in (tmp_path / "run" / "README.md").read_text()

@@ -12,6 +12,7 @@ from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
 from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10
 
 
@@ -53,19 +54,17 @@ def _epochs(recipe: Recipe, history: list[dict[str, Any]]) -> str:
 
 def write_pretraining_card(
     folder: Path | str,
-    template: Path | str,
     recipe: PretrainRecipe,
     source_name: str,
     history: list[dict[str, Any]],
     num_parameters: int,
 ) -> None:
-    """Fill in the template of model_cards/ and write it as README.md beside the model.
+    """Fill in the template pretrain.md and write it as README.md beside the model.
 
     The metadata has no model-index: a pre-trained model has a training loss, but no evaluation on any benchmark.
 
     Args:
         folder: of the model; its last name is the title, unless the model has a name on the Hub.
-        template: a Jinja template, model_cards/template_pretrain.md.
         recipe: the resolved recipe. The card shows it without the paths of this machine.
         source_name: what the images are called, `ImageSource.name`.
         history: the records of metrics.jsonl.
@@ -82,7 +81,7 @@ def write_pretraining_card(
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATES / "pretrain.md"),
         name=recipe.hub_model_id or Path(folder).resolve().name,
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
@@ -103,7 +102,6 @@ def write_pretraining_card(
 
 def write_classifier_card(
     folder: Path | str,
-    template: Path | str,
     recipe: FinetuneRecipe,
     source_name: str,
     history: list[dict[str, Any]],
@@ -111,11 +109,10 @@ def write_classifier_card(
     metrics: ClassificationMetrics,
     label_names: list[str],
 ) -> None:
-    """Fill in the template of a classifier, its metrics as a model-index for the Hub, and write it as README.md.
+    """Fill in the template finetune.md, its metrics as a model-index for the Hub, and write it as README.md.
 
     Args:
-        folder, template, recipe, source_name, history: see `write_pretraining_card`; the template is
-            model_cards/template_finetune.md.
+        folder, recipe, source_name, history: see `write_pretraining_card`.
         num_parameters: of the whole model.
         metrics: of the model in the folder, on the images that judge.
         label_names: of the classes.
@@ -156,7 +153,7 @@ def write_classifier_card(
     shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATES / "finetune.md"),
         name=name,
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,

@@ -21,8 +21,7 @@ def resolved(**fields: object) -> PretrainRecipe:
 
 
 def card(folder: Path, source_name: str, history: list[dict] = HISTORY, **fields: object) -> ModelCard:
-    template = CARDS / "template_pretrain.md"
-    write_pretraining_card(folder, template, resolved(**fields), source_name, history, 12_345_678)
+    write_pretraining_card(folder, resolved(**fields), source_name, history, 12_345_678)
     return ModelCard.load(folder / "README.md")
 
 
