@@ -10,7 +10,6 @@ file, then the command line. Without --model_name_or_path the encoder starts fro
 folder continues the run.
 """
 
-import json
 import time
 from datetime import timedelta
 from importlib.util import find_spec
@@ -40,6 +39,7 @@ from mae_hf.training.data import (
 )
 from mae_hf.training.decode import printable
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
+from mae_hf.training.files import as_json
 from mae_hf.training.hub import HubPush
 from mae_hf.training.metrics import (
     MOST_DRAWN,
@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     model, is_new_head = build_model(recipe, label_names)
     config = model.config
-    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    fingerprints = {"train": source.fingerprint, "evaluation": judges.fingerprint}
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
     recipe = folder.recipe
 
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
@@ -155,23 +156,23 @@ def main(arguments: list[str] | None = None) -> None:
         most = recipe.max_skipped_images
         return classification_metrics(*predict(judged, stop.heeded(loader), normalize, accelerator, most))
 
-    def report(metrics: ClassificationMetrics) -> None:
+    def report(metrics: ClassificationMetrics, path: Path) -> None:
         """Write results.json and, where matplotlib is there, the confusion matrix as a picture."""
         per_class = dict(zip(label_names, metrics.per_class, strict=True))
         results = {**metrics.summary(), "per_class": per_class, "count": metrics.count}
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (path / "results.json").write_text(as_json(results, indent=2) + "\n")
         if len(label_names) > MOST_DRAWN:
             say(f"There is no picture of the confusion matrix: it would show nothing of {len(label_names):,} classes.")
         elif find_spec("matplotlib") and find_spec("sklearn"):
-            save_confusion_picture(metrics, label_names, folder.path / "confusion.png")
+            save_confusion_picture(metrics, label_names, path / "confusion.png")
         else:
             say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
 
     if recipe.eval_only:
         metrics = evaluate(model.to(accelerator.device))
-        if accelerator.is_main_process:
-            report(metrics)
+        with folder.exporting(accelerator) as path:
+            if accelerator.is_main_process:
+                report(metrics, path)
         say(f"{judges.name}: {sentence(metrics)}")
         return
 
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
-    first_step, earlier_losses = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator, total_steps)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -290,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"epoch {record['epoch']:.2f}  {sentence(metrics)}")
         if metrics.top1 > best_top1:
             best_top1 = metrics.top1
-            save_model(folder.path / "best")
+            with folder.exporting(accelerator, "best") as path:
+                save_model(path)
 
     def names(step: int) -> list[str]:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
@@ -326,9 +328,9 @@ def main(arguments: list[str] | None = None) -> None:
                 if recipe.max_skipped_steps:
                     is_finite = is_finite and is_finite_everywhere(accelerator, loss)
                 accelerator.backward(loss)
-                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 if is_finite:
+                    if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                     optimizer.step()
                 optimizer.zero_grad()
             step_loss += loss.detach() / schedule.rounds
@@ -373,13 +375,15 @@ def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     if metrics is None:  # a finished run that was started again
         metrics = evaluate(judged_model)
-    save_model(folder.path)
-    if accelerator.is_main_process:
-        report(metrics)
-        write_classifier_card(folder.path, recipe, source.name, folder.history(), parameters, metrics, label_names)
+    with folder.exporting(accelerator) as path:
+        save_model(path)
+        if accelerator.is_main_process:
+            report(metrics, path)
+            write_classifier_card(path, recipe, source.name, folder.history(), parameters, metrics, label_names)
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Fine-tuned for {total_steps} steps")
+    folder.close()
     say(f"The model is in {folder.path}, its metrics and how to use it in {folder.path / 'README.md'}.")
     say(f"The best of its evaluations, {best_top1:.2%}, is in {folder.path / 'best'}.")
 

@@ -11,7 +11,6 @@ file, then the command line. Starting again in a run folder continues the run.
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -48,6 +47,7 @@ from mae_hf.training.evaluate import (
     pool,
 )
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
+from mae_hf.training.files import as_json
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)
     config = encoder.config
-    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    fingerprints = {"train": source.fingerprint, "evaluation": judges.fingerprint}
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
     recipe = folder.recipe
     is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
     num_tokens = 1 if is_linear or recipe.augment else 1 + config.num_patches  # of an image, that are kept
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
-    first_step, earlier_losses = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator, total_steps)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -349,10 +350,12 @@ def main(arguments: list[str] | None = None) -> None:
         "eval_images": best.count,
         "features_seconds": features_seconds,  # of the training images, without crops
     }
-    if accelerator.is_main_process:
-        (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        save_file(bare_probes[chosen].state_dict(), folder.path / "probe.safetensors")
+    with folder.exporting(accelerator) as path:
+        if accelerator.is_main_process:
+            (path / "results.json").write_text(as_json(results, indent=2) + "\n")
+            save_file(bare_probes[chosen].state_dict(), path / "probe.safetensors")
     accelerator.end_training()
+    folder.close()
     for position, name in enumerate(names):
         of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the choosing images, "
         say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the judging images")

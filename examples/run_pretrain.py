@@ -28,6 +28,7 @@ from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, ima
 from mae_hf.training.baseline import doubts, doubts_of_end, loss_of_mean
 from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
+from mae_hf.training.files import whole
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
@@ -86,7 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     model = build_model(recipe)
     config = model.config
-    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    images = {"train": source.fingerprint}
+    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), images)
     recipe = folder.recipe
 
     schedule = make_schedule(
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trackers is not None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
-    first_step, earlier_losses = folder.resume(accelerator)
+    first_step, earlier_losses = folder.resume(accelerator, total_steps)
     say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -167,18 +169,20 @@ def main(arguments: list[str] | None = None) -> None:
         pixel_values, noise = normalize(fixed["pixel_values"]), fixed["noise"].to(accelerator.device)
         pictures = bare_model.reconstruct(pixel_values, recipe.image_mean, recipe.image_std, noise=noise)
         if accelerator.is_main_process:
-            save_picture(pictures, path)
+            with whole(path) as aside:
+                save_picture(pictures, aside)
 
     def export() -> None:
         """Write what others load into the run folder: picture, model, processor and card; every process takes part."""
-        save_reconstructions(folder.path / "reconstruction.png")
-        bare_model.save_pretrained(
-            folder.path, state_dict=accelerator.get_state_dict(bare_model), is_main_process=accelerator.is_main_process
-        )
-        if accelerator.is_main_process:
-            processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
-            processor.save_pretrained(folder.path)
-            write_pretraining_card(folder.path, recipe, source.name, folder.history(), parameters)
+        with folder.exporting(accelerator) as path:
+            save_reconstructions(path / "reconstruction.png")
+            bare_model.save_pretrained(
+                path, state_dict=accelerator.get_state_dict(bare_model), is_main_process=accelerator.is_main_process
+            )
+            if accelerator.is_main_process:
+                processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
+                processor.save_pretrained(path)
+                write_pretraining_card(path, recipe, source.name, folder.history(), parameters)
 
     def names(step: int) -> list[str]:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
@@ -208,9 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
                 if recipe.max_skipped_steps:
                     is_finite = is_finite and is_finite_everywhere(accelerator, loss)
                 accelerator.backward(loss)
-                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 if is_finite:
+                    if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                     optimizer.step()
                 optimizer.zero_grad()
             step_loss += loss.detach() / schedule.rounds
@@ -261,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Pre-trained for {total_steps} steps")
+    folder.close()
     for doubt in doubts_of_end(folder.history()):
         say(f"warning   {doubt}")
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")

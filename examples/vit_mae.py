@@ -11,6 +11,7 @@ A run does not resume.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     bare_model = build_vit_mae(config, repaired)
     if recipe.attn_implementation:
         bare_model.set_attn_implementation(recipe.attn_implementation)
-    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision))
+    resolved = replace(recipe.resolved(config, accelerator.mixed_precision), overwrite=True)  # it never goes on
+    folder = RunFolder(recipe.output_dir, resolved)
     recipe = folder.recipe
     schedule = make_schedule(
         source, recipe.epochs, recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes
@@ -69,7 +71,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     model, optimizer = accelerator.prepare(bare_model, optimizer)
 
     folder.start()
-    folder.metrics.unlink(missing_ok=True)  # of a run that was interrupted
+    folder.note_versions(0)
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
     images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
     data = DataClock(
@@ -100,8 +102,10 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
             logged_step = step
     progress.close()
     processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
-    processor.save_pretrained(folder.path)
-    bare_model.save_pretrained(folder.path)
+    with folder.exporting(accelerator) as path:
+        processor.save_pretrained(path)
+        bare_model.save_pretrained(path)
+    folder.close()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,12 +16,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import save_accelerator_state
 from accelerate.utils import recursively_apply
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import flush
+from .files import flush, write_failure
 from .sharding import SHARDED, bare
 
 CHECKSUMS = "checksums.json"
+PROGRESS = "progress.json"
+COMPLETE = re.compile(r"step-\d{8,}")
+DAMAGED = re.compile(r"damaged-step-\d{8,}")
+REMAINS = re.compile(r"\.step-\d{8,}\.(partial|deleted)")  # of what was being written or deleted
 # One thread that writes checkpoints; the interpreter waits for it before it ends. It must compute nothing with torch: a
 # second pool of OpenMP threads outnumbers the cores, and makes every later step 1.4 times as slow on a CPU.
 WRITER = ThreadPoolExecutor(1, "checkpoint")
@@ -28,6 +34,8 @@ WRITER = ThreadPoolExecutor(1, "checkpoint")
 
 class Checkpoints:
     """The newest few states of a run on disk: step-00001000/ with model, optimizer, step and checksums.
+
+    Only folders of exactly such a name count: what else lies beside them is left alone.
 
     Args:
         path: their folder.
@@ -38,17 +46,31 @@ class Checkpoints:
         self.writing: Future[None] | None = None
         self.newest_step: int | None = None
 
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return self._named(COMPLETE)
+
     def newest(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
-        return max(self.path.glob("step-*"), default=None)
+        return max(self.all(), key=step_of, default=None)
 
-    def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
+    def _named(self, pattern: re.Pattern[str]) -> list[Path]:
+        return sorted((path for path in self.path.glob("*") if pattern.fullmatch(path.name)), key=step_of)
+
+    def damaged(self) -> list[Path]:
+        """What `tidy` has set aside."""
+        return self._named(DAMAGED)
+
+    def save(
+        self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int, identity: dict[str, Any]
+    ) -> None:
         """Write a checkpoint after `step` optimizer steps, in the background; every process calls this.
 
         The state is copied to the memory of the host, where one thread hashes, writes and flushes it while the
         training goes on: see `wait`. A sharded model is written at once, because all of its processes take part.
 
         `losses` are those of the steps since the last line of metrics, for the next one to be what it would have been.
+        `identity` says which run this is a state of, as JSON.
 
         It is written aside, flushed and renamed, so a checkpoint is complete or not there. The newest `keep` stay.
         The step that was saved last is not saved again.
@@ -68,11 +90,12 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
         accelerator.wait_for_everyone()
         needed = _checkpoint_bytes(accelerator)
-        with self._explained(aside, step, needed):
+        with self._explained(aside, step, needed, accelerator.distributed_type in SHARDED):
             states = _written_or_copied(accelerator, aside)
             if accelerator.is_main_process:
-                (aside / "progress.json").write_text(json.dumps({"step": step, "losses": losses}))
-            accelerator.wait_for_everyone()
+                progress = {"step": step, "losses": losses, **identity}
+                (aside / PROGRESS).write_text(json.dumps(progress))
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.writing = WRITER.submit(self._complete, states, aside, target, step, needed, keep)
 
@@ -86,6 +109,11 @@ class Checkpoints:
             writing, self.writing = self.writing, None
             writing.result()
 
+    def report_failure(self) -> None:
+        """Raise what `wait` would, if the checkpoint that was being written has failed by now."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
     def _complete(self, states: dict[str, Any], aside: Path, target: Path, step: int, needed: int, keep: int) -> None:
         """Write what is missing of a checkpoint, and give it its name; in the background, where no process is met."""
         with self._explained(aside, step, needed):
@@ -97,63 +125,82 @@ class Checkpoints:
             (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=2))
             for path in aside.rglob("*"):
                 flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(aside, target)
-        flush(self.path)
-        for old in sorted(self.path.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            _remove(target)
+            os.rename(aside, target)
+            flush(self.path)
+        for old in self.all()[:-keep]:
+            _remove(old)
 
     @contextmanager
-    def _explained(self, aside: Path, step: int, needed: int) -> Iterator[None]:
+    def _explained(self, aside: Path, step: int, needed: int, meets_others: bool = False) -> Iterator[None]:
         """Remove a checkpoint of `needed` bytes that cannot be written, and say why."""
         try:
             yield
-        except Exception as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last, of a file, too
             shutil.rmtree(aside, ignore_errors=True)
-            free = shutil.disk_usage(self.path).free
-            if not isinstance(error, OSError) and free > needed:
-                raise  # a lost process, for instance
-            # On a full disk, safetensors and torch raise errors of their own, of a file position for instance.
-            reason = "the disk is full" if free < needed else error
-            raise OSError(
-                f"The checkpoint of step {step} cannot be written to {self.path}: {reason}. It needs about "
-                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. The older ones are intact: make room and "
-                f"start again."
-            ) from error
+            if meets_others and isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # of a lost process, not of a file
+            so = "The older ones are intact: make room and start again."
+            raise write_failure(f"The checkpoint of step {step}", self.path, error, so, needed) from error
 
-    def load(self, accelerator: Accelerator) -> tuple[int, list[list[float]]]:
-        """Load the newest intact checkpoint into everything that was prepared; every process calls this.
+    def tidy(self) -> None:
+        """Remove what was being written or deleted when a run was cut off, and set damaged checkpoints aside.
 
-        Returns:
-            the steps done so far, 0 without a checkpoint; the losses since the last line of metrics.
-
-        A checkpoint with a byte that is missing or not as it was written is set aside, with a warning, and the one
-        before it is taken.
+        Raises:
+            ValueError: no checkpoint is left.
         """
         finish_writing()  # of a run that has failed in this process
-        if accelerator.is_main_process:
-            for checkpoint in self.path.glob("step-*"):
-                if damaged := _damaged_files(checkpoint):
-                    shutil.rmtree(
-                        damaged_name := checkpoint.with_name(f"damaged-{checkpoint.name}"), ignore_errors=True
-                    )
-                    checkpoint.rename(damaged_name)
-                    warnings.warn(
-                        f"The checkpoint {checkpoint} is damaged ({', '.join(damaged)}); it is now called "
-                        f"{damaged_name.name}, and the run goes on from the one before it.",
-                        stacklevel=3,
-                    )
-        accelerator.wait_for_everyone()
-        newest = self.newest()
-        if newest is None:
-            return 0, []
-        _load_state(accelerator, newest)
+        for remains in self._named(REMAINS):
+            shutil.rmtree(remains, ignore_errors=True)
+        found = self.all()
+        damaged = {checkpoint: names for checkpoint in found if (names := _damaged_files(checkpoint))}
+        for checkpoint, names in damaged.items():
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            if len(damaged) < len(found):
+                warnings.warn(
+                    f"The checkpoint {checkpoint} is damaged ({', '.join(names)}); it is now called {aside.name}, and "
+                    f"the run goes on from the one before it.",
+                    stacklevel=3,
+                )
+        if damaged and len(damaged) == len(found):
+            raise ValueError(
+                f"Every checkpoint in {self.path} is damaged, the newest one in {', '.join(damaged[found[-1]])}; they "
+                f"are now called damaged-step-NUMBER. Bring an intact one back, or start over with --overwrite true."
+            )
+
+    def load(self, accelerator: Accelerator, checkpoint: Path) -> None:
+        """Load a checkpoint into everything that was prepared; every process calls this."""
+        _load_state(accelerator, checkpoint)
         # The counter of micro-batches of which `accelerate` makes steps: with another number of rounds it would not
         # begin with a step.
         accelerator.step = 0
-        progress = json.loads((newest / "progress.json").read_text())
-        self.newest_step = progress["step"]
-        return progress["step"], progress["losses"]
+        self.newest_step = step_of(checkpoint)
+
+    def clear(self) -> None:
+        """Remove every checkpoint, and nothing else."""
+        for path in (*self.all(), *self.damaged(), *self._named(REMAINS)):
+            shutil.rmtree(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that were done, from the name."""
+    return int(re.sub(r"\D", "", checkpoint.name))
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """The step, the losses since the last line of metrics, and the identity that were saved."""
+    return json.loads((checkpoint / PROGRESS).read_text())
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; cut off in the middle, what is left is no longer taken for one."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f".{checkpoint.name}.deleted")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+        shutil.rmtree(aside, ignore_errors=True)  # what cannot be deleted now is removed by `Checkpoints.tidy`
 
 
 def finish_writing() -> None:
@@ -216,6 +263,8 @@ def _damaged_files(checkpoint: Path) -> list[str]:
     try:
         written = json.loads((checkpoint / CHECKSUMS).read_text())
     except (OSError, ValueError):
+        return [CHECKSUMS]
+    if not isinstance(written, dict) or PROGRESS not in written:
         return [CHECKSUMS]
     found = _checksums(checkpoint)
     return [name for name, checksum in written.items() if found.get(name) != checksum]

@@ -157,7 +157,7 @@ class StopSignal:
         if self.save is None:
             raise _stopped_early(self.received or signal.SIGTERM)
         self.save()
-        self.folder.wait()
+        self.folder.close()
         self.progress.close()
         if self.group is not None:
             # When one process has ended, torchrun ends the others, and so the one that writes.

@@ -120,6 +120,11 @@ def some_workers() -> int:
     return min(4, cores())
 
 
+def _is_inside(folder: str, other: str) -> bool:
+    root = Path(other.split("**")[0]).expanduser()  # a pattern reaches as deep as a folder
+    return Path(folder).expanduser().resolve().is_relative_to(root.resolve())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What every training has: images, an encoder, a schedule, a run folder. The defaults that differ are below."""
@@ -248,6 +253,11 @@ class Recipe:
         choices=("none", "all", *TRACKERS),
     )
     output_dir: str = setting("runs/run", "the run folder")
+    overwrite: bool = setting(
+        False,
+        "start over in a run folder, and delete what the run in it has written, but no other file; a restart by "
+        "torchrun or Slurm goes on all the same",
+    )
 
     # --- where the model goes; the token is that of `hf auth login` or HF_TOKEN
     push_to_hub: bool = setting(False, "push model, processor, card, recipe, metrics and picture to the Hub at the end")
@@ -278,6 +288,13 @@ class Recipe:
             raise ValueError(f"crop_scale must be two shares 0 < smallest <= largest <= 1, but is {self.crop_scale}.")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
+        for name in ("dataset", "eval_dataset"):
+            images = getattr(self, name, None)
+            if images is not None and _is_inside(self.output_dir, images):
+                raise ValueError(
+                    f"The run folder {self.output_dir} is inside the images of {name}, {images}, so that the pictures "
+                    f"of the run would become images to train on: choose another --output_dir."
+                )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
 
@@ -666,6 +683,7 @@ MAY_CHANGE = frozenset(
         "process_timeout",
         "report_to",
         "output_dir",
+        "overwrite",
         "push_to_hub",
         "hub_model_id",
         "hub_private_repo",
@@ -901,8 +919,9 @@ def find_recipe(name: str, folder: Path | None) -> Path:
 
 
 def as_yaml(recipe: Any, without: Sequence[str] = ()) -> str:
-    """The recipe as a YAML file that `--recipe` takes, `without` some of its settings."""
-    return yaml.safe_dump({k: v for k, v in asdict(recipe).items() if k not in without}, sort_keys=False)
+    """The recipe as a YAML file that `--recipe` takes, `without` some of its settings, nor what happens once."""
+    left_out = {"overwrite", *without}
+    return yaml.safe_dump({k: v for k, v in asdict(recipe).items() if k not in left_out}, sort_keys=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """What a run has left out, counted over all processes: images that cannot be used, steps whose loss is not finite."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from .files import append_records
 from .run import RunFolder
 
 FIRST_NAMED = 5
@@ -72,8 +72,7 @@ class Skipped:
             elif number == FIRST_NAMED + 1:
                 self.say(f"skipped   more of them are listed in {self.folder.skipped}")
         if self.accelerator.is_main_process:
-            with self.folder.skipped.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in found)
+            append_records(self.folder.skipped, found)
         of = max(images_seen, self.images_per_epoch)
         if len(self.images) > most_skipped(self.largest_share, of):
             raise ValueError(
@@ -91,8 +90,7 @@ class Skipped:
         self.steps += 1
         self.say(f"skipped   step {step}, whose loss is not finite")
         if self.accelerator.is_main_process:
-            with self.folder.skipped.open("a") as file:
-                file.write(json.dumps({"step": step}) + "\n")
+            append_records(self.folder.skipped, [{"step": step}])
         if self.steps > most:
             raise FloatingPointError(
                 f"The loss was not finite in {self.steps} steps, the last one step {step}; max_skipped_steps allows "
