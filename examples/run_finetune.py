@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
         return names_of_step(images, schedule, step, recipe.shuffle_buffer)
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    progress = Progress(total_steps, first_step, accelerator.is_main_process)
+    progress = Progress(total_steps, first_step, accelerator.is_main_process, recipe.log_every)
     model.train()
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
 
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
             skipped.leave_out_step(step, recipe.max_skipped_steps)
         if average is not None:
             average.update_parameters(bare_model)
-        progress.advance()
+        progress.advance(step_loss)
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
             (mean_loss,) = losses.mean(step, names)

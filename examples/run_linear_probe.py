@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         return ["features at hand"]
 
     skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    progress = Progress(total_steps, first_step, accelerator.is_main_process)
+    progress = Progress(total_steps, first_step, accelerator.is_main_process, recipe.log_every)
     probes.train()
     parts = 1 if is_linear else schedule.rounds
     losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.add(step_loss)
-        progress.advance()
+        progress.advance(step_loss)
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
             means = [loss if math.isfinite(loss) else math.inf for loss in losses.mean(step, names)]

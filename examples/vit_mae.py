@@ -78,7 +78,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
         iter(batches(images, schedule, 0, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer))
     )
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
-    progress = Progress(total_steps, 0, accelerator.is_main_process)
+    progress = Progress(total_steps, 0, accelerator.is_main_process, recipe.log_every)
     model.train()
     loss_sum, logged_step = torch.zeros((), device=accelerator.device), 0
     for step in range(1, total_steps + 1):
@@ -93,7 +93,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             loss_sum += loss.detach() / schedule.rounds
-        progress.advance()
+        progress.advance(loss)
         if step % recipe.log_every == 0 or step == total_steps:
             mean_loss = loss_sum.item() / (step - logged_step)
             folder.log({"step": step, "epoch": step / schedule.steps_per_epoch, "loss": mean_loss, "lr": lr})

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import distributed
 
 from .checkpoints import finish_writing
-from .progress import Progress
+from .progress import Progress, bars_only_on_a_terminal
 from .run import RunFolder
 from .workers import STOP_SIGNALS, kill_workers
 
@@ -242,6 +242,7 @@ def run_script(main: Callable[[], None]) -> None:
     signal before the first step; 130 interrupted twice; 1 anything else, a lost process among it.
     """
     name = os.path.basename(sys.argv[0])
+    bars_only_on_a_terminal()
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _stopped_early(number)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from accelerate import Accelerator
+from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from tqdm import tqdm
 
 NAMED_IMAGES = 8  # of a step whose loss is not finite
+QUIET = 30.0  # seconds
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
 class StepLosses:
@@ -86,44 +91,69 @@ class DataClock:
         return batch
 
 
+def bars_only_on_a_terminal() -> None:
+    """Keep the progress bars of other libraries out of a log file, where each of their moves would be a line."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+
+
 class Progress:
     """What a person sees: a bar on a terminal, plain lines in a log file, nothing on other than the main process.
+
+    Between the lines of metrics there is one after the first step, and after `QUIET` seconds without any.
 
     Args:
         total_steps: optimizer steps of the whole run.
         first_step: steps already done, when the run is resumed.
         visible: whether this is the main process.
+        log_every: steps between two lines of metrics.
     """
 
-    def __init__(self, total_steps: int, first_step: int, visible: bool) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, first_step: int, visible: bool, log_every: int) -> None:
+        self.total_steps, self.log_every = total_steps, log_every
         self.visible = visible
         self.step = self.first_step = first_step
         self.started = time.perf_counter()
         on_terminal = visible and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not on_terminal, dynamic_ncols=True)
+        self.heard_of: float | None = None  # when the last line was
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, disable=not on_terminal, dynamic_ncols=True, bar_format=BAR
+        )
 
-    def advance(self) -> None:
-        """One optimizer step is done."""
+    def advance(self, loss: Tensor) -> None:
+        """One optimizer step is done; its loss on this process, () or (S,), is waited for only if a line is due."""
         self.step += 1
         self.bar.update()
+        if not self.visible or self.step % self.log_every == 0 or self.step == self.total_steps:
+            return  # or `show` is next
+        if self.heard_of is None or time.perf_counter() - self.heard_of > QUIET:
+            self._say(f"loss {float(loss.min()):.4f}")
 
     def show(self, record: dict[str, Any]) -> None:
         """Show the metrics of a log step: epoch, loss, maybe loss_of_mean, lr, images_per_second, data_wait."""
         if not self.visible:
             return
         of_mean = f" (mean {record['loss_of_mean']:.4f})" if "loss_of_mean" in record else ""
-        text = (
-            f"epoch {record['epoch']:.2f}  loss {record['loss']:.4f}{of_mean}  lr {record['lr']:.2e}  "
-            f"{record['images_per_second']:.0f} images/s  waiting for data {record['data_wait']:.0%}"
-        )
-        if not self.bar.disable:
-            self.bar.set_description_str(text)  # the bar itself adds the time left
+        loss = f"loss {record['loss']:.4f}{of_mean}"
+        speed = f"{record['images_per_second']:.0f} images/s"
+        waiting = f"{record['data_wait']:.0%}"
+        if not self.bar.disable:  # its columns are few, and it adds steps and time itself
+            self._say(f"{loss}  {speed}  data {waiting}")
             return
+        line = f"epoch {record['epoch']:.2f}  {loss}  lr {record['lr']:.2e}  {speed}  waiting for data {waiting}"
         seconds = (time.perf_counter() - self.started) / (self.step - self.first_step) * (self.total_steps - self.step)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds % 86400))
         days = f"{seconds // 86400:.0f} d " if seconds >= 86400 else ""
-        print(f"step {self.step}/{self.total_steps}  {text}  {days}{left} left", flush=True)
+        self._say(f"{line}  {days}{left} left")
+
+    def _say(self, text: str) -> None:
+        self.heard_of = time.perf_counter()
+        if self.bar.disable:
+            print(f"step {self.step}/{self.total_steps}  {text}", flush=True)
+        else:
+            self.bar.set_description(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

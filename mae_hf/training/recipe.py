@@ -229,7 +229,10 @@ class Recipe:
         None, "eager, sdpa, flash_attention_2, flex_attention; else the best there is"
     )
     log_every: int = setting(
-        20, "optimizer steps between two lines of metrics, each one synchronisation with the device", at_least=1
+        20,
+        "optimizer steps between two lines of metrics, each one synchronisation with the device; after the first step, "
+        "and after 30 seconds without a line, there is one with the loss on the main process",
+        at_least=1,
     )
     save_every: int = setting(
         1000, "optimizer steps between two checkpoints; there is always one at the end", at_least=1

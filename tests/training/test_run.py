@@ -1,6 +1,11 @@
 """The run folder: metrics after a cut, checkpoints that are complete or absent; the progress lines."""
 
+import os
+import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +14,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from scripts import launch
+from test_run_pretrain import SMALL
 
 from mae_hf.training import checkpoints
 from mae_hf.training.checkpoints import copied_to_host
 from mae_hf.training.progress import Progress
 from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import RunFolder, best_precision
+
+TERMINAL = ("pty", "fcntl", "termios")
 
 
 def run_folder(path: Path, **settings) -> RunFolder:
@@ -218,10 +226,53 @@ def test_precision__a_launcher_says_no_by_itself(words: list[str], expected: str
 def test_progress__plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"epoch": 1.5, "loss": 0.25, "lr": 1e-3, "images_per_second": 812.0, "data_wait": 0.031}
     for visible in (True, False):
-        progress = Progress(total_steps=4, first_step=0, visible=visible)
-        progress.advance()
+        progress = Progress(total_steps=4, first_step=0, visible=visible, log_every=20)
+        progress.advance(torch.tensor([0.75, 0.5]))  # of two probes
         progress.show(record)
         progress.close()
-    (line,) = capsys.readouterr().out.splitlines()  # the second process says nothing
+    first, line = capsys.readouterr().out.splitlines()  # the second process says nothing
+    assert first == "step 1/4  loss 0.5000"
     assert line.startswith("step 1/4  epoch 1.50  loss 0.2500  lr 1.00e-03  812 images/s  waiting for data 3%")
     assert line.endswith("left")
+
+
+def test_progress__a_sign_of_life_between_the_metrics(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    progress = Progress(total_steps=10, first_step=0, visible=True, log_every=10)
+    for _ in range(10):  # ten seconds each
+        now[0] += 10
+        progress.advance(torch.tensor(0.5))
+    assert capsys.readouterr().out.splitlines() == [f"step {step}/10  loss 0.5000" for step in (1, 5, 9)]
+
+
+def test_progress__a_bar_fits_110_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    pty, fcntl, termios = (pytest.importorskip(name, reason="a terminal of POSIX") for name in TERMINAL)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 110, 0, 0))
+    record = {"epoch": 123.5, "loss": 0.25, "loss_of_mean": 0.98, "lr": 1e-3, "images_per_second": 2812.0}
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        progress = Progress(total_steps=250_000, first_step=125_000, visible=True, log_every=20)
+        progress.advance(torch.tensor(0.25))
+        progress.show({**record, "data_wait": 0.03})
+        progress.close()
+        shown = os.read(master, 65536).decode()
+    os.close(master)
+    line = shown.split("\r")[-2].strip()
+    assert line.startswith("loss 0.2500 (mean 0.9800)  2812 images/s  data 3%:  50%|")
+    assert "125001/250000" in line
+    assert len(line) <= 110
+    assert line.count("|") == 2
+    assert "\u2588" in line
+
+
+def test_log_file__without_the_bars_of_others(pets: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "run_pretrain.py"
+    words = [*SMALL, "--dataset", str(pets), "--output_dir", str(tmp_path / "run")]
+    command, environment = [sys.executable, str(script), *words], {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr
