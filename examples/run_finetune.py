@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Recipe, processes, images, model
     # ----------------------------------------------------------------------------------------------------------------
     recipe = read_recipe(FinetuneRecipe, arguments, "quickstart_finetune")
+    check_launcher()
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision or best_precision(),
@@ -125,7 +126,6 @@ def main(arguments: list[str] | None = None) -> None:
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
-    check_launcher(accelerator.num_processes)
     check_sharding(accelerator, recipe.ema_decay, recipe.max_skipped_steps)
     stop = StopSignal(accelerator, recipe.process_timeout)
     say = accelerator.print

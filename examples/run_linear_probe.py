@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Recipe, processes, images, encoder
     # ----------------------------------------------------------------------------------------------------------------
     recipe = read_recipe(ProbeRecipe, arguments)
+    check_launcher()
     trackers = None if recipe.report_to == "none" else recipe.report_to
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision or best_precision(),
@@ -113,7 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
     )
-    check_launcher(accelerator.num_processes)
     check_whole(accelerator)
     stop = StopSignal(accelerator, recipe.process_timeout)
     say, device = accelerator.print, accelerator.device

@@ -84,7 +84,12 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
 
 def output_of(process: subprocess.Popen[str], timeout: float = 120) -> str:
     """The rest of the output, when it has ended."""
-    rest, _ = process.communicate(timeout=timeout)
+    try:
+        rest, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for left in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's have other groups
+            left.kill()
+        raise
     return rest
 
 
@@ -296,6 +301,38 @@ def test_interrupted_twice__ends_at_once(photos: Path, tmp_path: Path) -> None:
     assert all_are_gone(words, 5)
 
 
+SLOW_SERVER = """
+import sys, time
+if "multiprocessing.forkserver" in " ".join(sys.orig_argv):
+    print("server", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signal__while_workers_start_does_not_wait_for_them(
+    processes: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_SERVER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = tmp_path / "run"
+    words = [SCRIPT, *arguments(photos, run, *LONG, "--num_workers", "1"), f"--output_dir={run}"]
+    if processes == 2:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    process = start_group(words)
+    for _ in range(processes):
+        wait_for(process, "server")
+    if processes == 2:
+        process.send_signal(signal.SIGINT)
+        assert "Stopped by a signal after step 0, with a checkpoint" in output_of(process)
+        assert (run / "checkpoints" / "step-00000000" / "checksums.json").exists()
+        assert all_are_gone(words, 5)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        assert_stopped(process, words, run)
+
+
 @pytest.mark.slow
 def test_signal__before_the_first_step_is_a_sentence(photos: Path, tmp_path: Path) -> None:
     process = start_patched(
@@ -303,7 +340,7 @@ def test_signal__before_the_first_step_is_a_sentence(photos: Path, tmp_path: Pat
         arguments(photos, tmp_path / "run"),
     )
     output = output_of(process)
-    assert process.returncode == 128 + signal.SIGINT, output
+    assert process.returncode == STOPPED, output
     assert output.endswith("Stopped by SIGINT before the first step: nothing is lost, and nothing was saved.\n")
     assert "Traceback" not in output
 
@@ -520,7 +557,7 @@ def test_fewer_processes_than_asked_for__are_refused(photos: Path, tmp_path: Pat
     assert process.returncode != 0
     assert "The run was asked for 2 processes and has 1." in output
     assert "torchrun --nproc_per_node" in output
-    check_launcher(1)  # nobody has asked the tests for more
+    check_launcher()  # nobody has asked the tests for more
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ from typing import Any, NoReturn, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env, is_torch_xla_available
 from torch import distributed
 
 from .checkpoints import finish_writing
 from .progress import Progress, bars_only_on_a_terminal
 from .run import RunFolder
-from .workers import STOP_SIGNALS, kill_workers
+from .workers import STOP_SIGNALS, Loader, kill_workers
 
 # The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75
@@ -99,8 +100,18 @@ class StopSignal:
         was_listening = bool(self.handlers_before)
         self.may_break_off = False
         self._listen()
+        return self._until_told(self._begin(batches), was_listening)
+
+    def _begin(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        try:
+            self.may_break_off = True
+            if self.received is None and isinstance(batches, Loader):
+                batches.get_ready()  # seconds
+            self.may_break_off = False
+        except Stopped:
+            pass
         # It starts processes, at once, and is not broken off, because half started ones would complain.
-        return self._until_told(iter(batches), was_listening)
+        return iter(batches) if self.received is None else iter(())
 
     def _until_told(self, iterator: Iterator[Batch], was_listening: bool) -> Iterator[Batch]:
         while (batch := self._wait_for(iterator)) is not END:
@@ -179,7 +190,7 @@ def _handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> di
 
 def _stopped_early(number: int) -> Stopped:
     name = signal.Signals(number).name
-    return Stopped(128 + number, f"Stopped by {name} before the first step: nothing is lost, and nothing was saved.")
+    return Stopped(STOPPED, f"Stopped by {name} before the first step: nothing is lost, and nothing was saved.")
 
 
 def _launcher() -> psutil.Process | None:
@@ -189,18 +200,21 @@ def _launcher() -> psutil.Process | None:
     return parent if any(os.path.basename(word) in LAUNCHERS for word in words) else None
 
 
-def check_launcher(num_processes: int) -> None:
+def check_launcher() -> None:
     """Refuse a launcher that has not done, or later cannot do, what it was asked for.
 
     `accelerate launch --cpu --num_processes 2` starts a single process, and says nothing. torchrun keeps the store in
     which the processes publish their addresses over its restarts: who comes back first finds those of processes that
-    are dead, so that every other meeting fails or hangs (torch 2.14).
+    are dead, so that every other meeting fails or hangs (torch 2.14): this is called before the first one.
 
     Raises:
         ValueError: the launcher's command line asks for more processes; or it would restart them with the old store.
     """
+    if is_torch_xla_available():
+        return  # whose processes are not counted in the environment, and have neither fault
     launcher = psutil.Process().parent()
     words = launcher.cmdline() if launcher is not None else []
+    num_processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     for option in ("--num_processes", "--num-processes"):
         if option in words[:-1] and words[words.index(option) + 1] != str(num_processes):
             raise ValueError(
@@ -238,8 +252,8 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def run_script(main: Callable[[], None]) -> None:
     """Run a training script, and end it with one sentence where that is all there is to say.
 
-    Exit codes: 0 done; 75 stopped by a signal, with a checkpoint, to be started again; 128 + its number stopped by a
-    signal before the first step; 130 interrupted twice; 1 anything else, a lost process among it.
+    Exit codes: 0 done; 75 stopped by a signal, to be started again, with a checkpoint if the loop had begun; 130
+    interrupted twice; 1 anything else, a lost process among it.
     """
     name = os.path.basename(sys.argv[0])
     bars_only_on_a_terminal()

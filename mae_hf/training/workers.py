@@ -7,14 +7,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -45,6 +46,24 @@ class Loader(DataLoader[dict[str, Any]]):
             pin_memory=torch.cuda.is_available(),
             timeout=WORKER_TIMEOUT if num_workers else 0,
         )
+
+    def get_ready(self) -> None:
+        """Wait until the server is there that the workers are forked from, which takes seconds, for it imports torch.
+
+        A signal handler may raise meanwhile.
+        """
+        context = self.multiprocessing_context
+        if context is None or context.get_start_method() != "forkserver":
+            return
+        try:
+            with _signals_blocked():
+                forkserver.ensure_running()
+            first = context.Process(target=os.getpid)  # started when all is imported
+            first.start()
+            first.join()
+        except BaseException:
+            _kill_fork_server()
+            raise
 
     def __iter__(self) -> Any:
         before = set(multiprocessing.active_children())
@@ -77,6 +96,14 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_fork_server() -> None:
+    # It would see only when it has imported everything that the run is gone.
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                child.kill()
 
 
 def _end_with_the_run(worker: int) -> None:
