@@ -108,7 +108,7 @@ def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
 def sentence(metrics: ClassificationMetrics) -> str:
     """The metrics for a person."""
     return (
-        f"top-1 {metrics.top1:.2%}  top-5 {metrics.top5:.2%}  balanced {metrics.balanced_accuracy:.2%}  "
+        f"{metrics.accuracy}  balanced {metrics.balanced_accuracy:.2%}  "
         f"loss {metrics.loss:.4f}  on {metrics.count:,} images"
     )
 

@@ -359,10 +359,13 @@ def main(arguments: list[str] | None = None) -> None:
     for position, name in enumerate(names):
         of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the choosing images, "
         say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the judging images")
+    if selection is not None and base_lrs[chosen] in (min(base_lrs), max(base_lrs)):
+        end, beyond = ("lowest", "lower") if base_lrs[chosen] == min(base_lrs) else ("highest", "higher")
+        say(f"warning   base lr {names[chosen]} is the {end} of --base_lrs: a {beyond} one may be better still.")
     for k, top1 in knn.items():
         say(f"k-NN {k:<11} {top1:.2%}")
     say(
-        f"{recipe.probe} probe: top-1 {best.top1:.2%}  top-5 {best.top5:.2%}  on {best.count:,} images, at base lr "
+        f"{recipe.probe} probe: {best.accuracy}  on {best.count:,} images, at base lr "
         f"{names[chosen]}. All numbers are in {folder.path / 'results.json'}, the probe beside it."
     )
 

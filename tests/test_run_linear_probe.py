@@ -64,7 +64,7 @@ def test_run__says_and_leaves_what_the_probe_is_worth(
     said, left = capsys.readouterr().out, results(run)
     assert "18 images encoded once in" in said
     assert "at each of 160 epochs it would be 2,880 images" in said
-    assert f"linear probe: top-1 {left['top1']:.2%}  top-5 100.00%  on 6 images" in said
+    assert f"linear probe: top-1 {left['top1']:.2%}  on 6 images" in said  # of three classes, no top-5
     assert left["linear"] == {"100": left["top1"]}
     assert (left["chosen_base_lr"], left["selection"]) == (100, None)
     assert (left["train_images"], left["eval_images"]) == (18, 6)
@@ -168,6 +168,7 @@ def test_sweep__each_probe_is_trained_as_if_alone_and_chosen_on_training_images(
     said = capsys.readouterr().out
     assert "a local folder of images, 12 images" in said
     assert "choice    among them by 6 further training images" in said
+    assert "base lr 100 is the highest of --base_lrs: a higher one may be better still" in said
     probe(pets, checkpoint, tmp_path / "other", "--base_lrs", "100", "3", *selection)
     in_first, in_second = trained(tmp_path / "run"), trained(tmp_path / "other")
     for name in ("linear.weight", "linear.bias", "norm.running_mean"):

@@ -147,6 +147,12 @@ def test_total_batch_larger_than_the_images__still_steps(photos: str, tmp_path: 
     assert not torch.equal(moved["decoder.mask_token"], still["decoder.mask_token"])
 
 
+def test_grey_model__needs_no_normalisation_of_its_own(photos: str, tmp_path: Path) -> None:
+    pretrain(photos, tmp_path / "run", "--num_channels", "1", "--epochs", "1", "--warmup_epochs", "0")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.449], [0.226])
+
+
 STREAM = ["--streaming", "true", "--images_per_epoch", "10", "--shuffle_buffer", "3"]
 
 
@@ -281,14 +287,14 @@ def test_loop__waits_for_the_device_only_where_it_logs_or_saves(
     with Watch():
         records = pretrain(photos, tmp_path, *words, "--num_workers", "1")  # a worker may read what it likes
     assert records[-1]["step"] == 10
-    assert waits - {0} == {4, 6, 8, 10}
+    assert waits - {0} == {1, 4, 6, 8, 10}  # the first step is a sign of life
 
 
 def test_refusals(photos: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be divided into rounds of per_device_batch_size 3"):
         pretrain(photos, tmp_path / "a", "--per_device_batch_size", "3")
     with pytest.raises(ValueError, match="image_mean has 3 values, but the model has 1 channels"):
-        pretrain(photos, tmp_path / "b", "--num_channels", "1")
+        pretrain(photos, tmp_path / "b", "--num_channels", "1", "--image_mean", "0.5", "0.5", "0.5")
     with pytest.raises(ValueError, match="leaves no visible or no hidden patch"):
         pretrain(photos, tmp_path / "c", "--mask_ratio", "0.99")
     assert not any((tmp_path / name).exists() for name in "abc"), "a refused run left a folder behind"

@@ -45,6 +45,16 @@ class ClassificationMetrics:
         return len(self.labels)
 
     @property
+    def says_top5(self) -> bool:
+        """Whether top-5 tells anything: of fewer than ten classes, half or more are among the first five."""
+        return len(self.per_class) >= 10
+
+    @property
+    def accuracy(self) -> str:
+        """Top-1, and top-5 where it tells anything, for a person."""
+        return f"top-1 {self.top1:.2%}" + (f"  top-5 {self.top5:.2%}" if self.says_top5 else "")
+
+    @property
     def confusion(self) -> Tensor:
         """(K, K) int64, images of a class in its row, what they were taken for in the columns."""
         classes = len(self.per_class)

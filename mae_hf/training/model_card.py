@@ -135,6 +135,7 @@ def write_classifier_card(
             ("top_5_accuracy", "top-5 accuracy", metrics.top5),
             ("balanced_accuracy", "balanced accuracy", metrics.balanced_accuracy),
         )
+        if metric_type != "top_5_accuracy" or metrics.says_top5
     ]
     data = ModelCardData(
         license=recipe.license,
@@ -166,6 +167,7 @@ def write_classifier_card(
         judged_by=judged_by,
         count=f"{metrics.count:,}",
         metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
+        says_top5=metrics.says_top5,
         per_class=[(_cell(label), f"{share:.1%}") for share, label in shown],
         doubts=doubts_of_end(history),
         has_picture=(Path(folder) / "confusion.png").exists(),

@@ -159,7 +159,7 @@ class Recipe:
     )
     patch_size: list[int] | None = setting(None, "pixels, one number or height and width; else the size's", at_least=1)
     num_channels: int | None = setting(
-        None, "channels of the model; images are converted to them; 3, or the checkpoint's", at_least=1
+        None, "channels of the model, 1, 3 or 4; images are converted to them; 3, or the checkpoint's", at_least=1
     )
     hidden_size: int | None = setting(None, "width of the encoder, else the size's", at_least=1)
     num_hidden_layers: int | None = setting(None, "depth of the encoder, else the size's", at_least=1)
@@ -502,7 +502,8 @@ class LabelledRecipe(Recipe):
 def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, of a checkpoint's image processor; ImageNet's without one.
 
-    A processor that doesn't normalise has 0 and 1; one number stands for all channels.
+    Where the channels are not three, ImageNet's is that of its greys. A processor that doesn't normalise has 0 and 1;
+    one number stands for all channels.
 
     Raises:
         ValueError: the processor normalises by what it doesn't say.
@@ -514,7 +515,9 @@ def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[l
     except (OSError, ValueError):  # a checkpoint without a processor
         processor = None
     if processor is None:
-        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+        of_imagenet = [IMAGENET_MEAN, IMAGENET_STD]
+        mean, std = (v if num_channels == 3 else [round(sum(v) / 3, 3)] * num_channels for v in of_imagenet)
+        return list(mean), list(std)
     if not processor.do_normalize:
         return [0.0] * num_channels, [1.0] * num_channels
     mean, std = processor.image_mean, processor.image_std

@@ -143,6 +143,7 @@ def test_probe_recipe__refuses_with_a_sentence() -> None:
 
 def test_checkpoint_normalisation__is_that_of_the_processor(tmp_path: Path) -> None:
     assert checkpoint_normalisation(None) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert checkpoint_normalisation(None, 1) == ([0.449], [0.226])
     assert checkpoint_normalisation(str(tmp_path)) == (IMAGENET_MEAN, IMAGENET_STD)
     image_processor((28, 28), 1.0, [0.25], [0.5]).save_pretrained(tmp_path)
     assert checkpoint_normalisation(str(tmp_path), 1) == ([0.25], [0.5])
