@@ -180,7 +180,9 @@ def all_tries(count: int, seed: int) -> list[Try]:
     chance = random.Random(seed)
     chance.shuffle(combinations)
     picked = itertools.islice(itertools.cycle(combinations), count)
-    return [Try(*words, f"{seed}-{index}", random.Random(f"{seed} {index}")) for index, words in enumerate(picked)]
+    return [
+        Try(*words, f"{os.getpid()}-{index}", random.Random(f"{seed} {index}")) for index, words in enumerate(picked)
+    ]
 
 
 def write_images(folder: Path) -> None:
