@@ -56,6 +56,7 @@ from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
+from mae_hf.training.starting_weights import load_with_encoder
 
 
 def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForImageClassification, bool]:
@@ -74,15 +75,15 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
     else:
         of_recipe = ("image_size", "pooling", "drop_path_rate")
         before, config = recipe.checkpoint_config(of_recipe), recipe.checkpoint_config(of_recipe, **labels)
-        model, loaded = MAEForImageClassification.from_pretrained(
-            recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        had_head = "classifier.weight" not in {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+        model, new = load_with_encoder(MAEForImageClassification, recipe.model_name_or_path, config)
+        had_head = "classifier.weight" not in new
         if recipe.eval_only and not had_head:
             raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
         of_head = list(before.id2label.values())
         has_other_head = of_head not in (label_names, [f"LABEL_{number}" for number in range(len(label_names))])
         is_new_head = not had_head or has_other_head
+        if not is_new_head:
+            refuse_other_features(recipe.model_name_or_path, new, recipe.eval_only)
         if had_head and has_other_head:
             if recipe.eval_only:
                 refuse_other_labels(of_head, label_names)
@@ -103,6 +104,14 @@ def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
         f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
         f"classes as the checkpoint has them, or train a new head by leaving eval_only out."
     )
+
+
+def refuse_other_features(name: str, new: list[str], eval_only: bool) -> None:
+    """A head says nothing about features that it has not learned from, least of all where nothing is trained."""
+    if "fc_norm.weight" in new:
+        raise ValueError(f"{name} classifies the class token, not the mean of the patches: give --pooling cls.")
+    if eval_only and new:
+        raise ValueError(f"{name} would be judged with {', '.join(new)} anew: leave out what changes them.")
 
 
 def sentence(metrics: ClassificationMetrics) -> str:

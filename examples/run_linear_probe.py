@@ -56,20 +56,13 @@ from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import bare, check_whole
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
+from mae_hf.training.starting_weights import load_with_encoder
 
 
 def load_encoder(recipe: ProbeRecipe) -> MAEModel:
     """The encoder of the recipe's checkpoint, every weight of it."""
     config = recipe.checkpoint_config(may_differ=("image_size", "pooling"))
-    encoder, loaded = MAEModel.from_pretrained(
-        recipe.model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    if loaded["missing_keys"]:
-        raise ValueError(
-            f"{recipe.model_name_or_path} has no {', '.join(sorted(loaded['missing_keys']))}, so that its features "
-            f"would be partly random. A classifier that pools the mean has no final norm: probe the checkpoint that it "
-            f"came from."
-        )
+    encoder, _ = load_with_encoder(MAEModel, recipe.model_name_or_path, config)
     if recipe.attn_implementation:
         encoder.set_attn_implementation(recipe.attn_implementation)
     return encoder

@@ -39,6 +39,7 @@ from mae_hf.training.run import RunFolder, best_precision, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
+from mae_hf.training.starting_weights import load_with_encoder
 
 PICTURES = 8
 
@@ -49,7 +50,7 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
         model = MAEForPreTraining(recipe.config())
     else:
         config = recipe.checkpoint_config(may_differ=("image_size", "mask_ratio", "norm_pix_loss"))
-        model = MAEForPreTraining.from_pretrained(recipe.model_name_or_path, config=config)
+        model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
@@ -117,7 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
     visible = config.num_visible_patches(config.num_patches)
     say(f"images    {source.summary}")
     say(f"model     {parameters:,} parameters, {encoder_parameters:,} in the encoder")
-    say(f"weights   {recipe.model_name_or_path or 'new'}")
+    new_decoder = ", which has no decoder: that is new" if bare_model.decoder_is_random else ""
+    say(f"weights   {recipe.model_name_or_path or 'new'}{new_decoder}")
     say(f"patches   {height}x{width} pixels in {config.num_patches} patches, the encoder sees {visible}")
     say(f"device    {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
     say(

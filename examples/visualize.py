@@ -24,6 +24,7 @@ from mae_hf.training.decode import decode_image
 from mae_hf.training.recipe import checkpoint_normalisation
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.sources import open_source
+from mae_hf.training.starting_weights import load_with_encoder
 
 
 def find_images(paths: list[str], count: int) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
 
     try:
-        model = MAEForPreTraining.from_pretrained(chosen.model).eval()
+        model, _ = load_with_encoder(MAEForPreTraining, chosen.model, MAEConfig.from_pretrained(chosen.model))
         processor = AutoImageProcessor.from_pretrained(chosen.model)
     except OSError as error:
         raise ValueError(f"{chosen.model!r} is no model that can be loaded: {error}") from error

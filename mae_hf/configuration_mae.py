@@ -1,9 +1,12 @@
 """MAEConfig: the numbers that define a masked autoencoder, checked when they are set."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -43,6 +46,21 @@ LARGEST: dict[str, int] = {
 LARGEST_SIDE = 2**16  # of an image in pixels
 LARGEST_NUM_LABELS = 2**20
 
+# What transformers takes from a config.json as it is: of another type it would fail far from here, and not say where.
+INHERITED: dict[str, tuple[type, ...]] = {
+    "attn_implementation": (str, dict),
+    "_attn_implementation": (str, dict),
+    "base_model_ep_plan": (dict,),
+    "base_model_pp_plan": (dict,),
+    "base_model_tp_plan": (dict,),
+    "fusion_config": (dict,),
+    "id2label": (dict,),
+    "label2id": (dict,),
+    "model_type": (str,),
+    "num_labels": (int,),
+    "transformers_weights": (str,),
+}
+
 
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message: the known name closest to `name`, or all of them when none is close."""
@@ -53,6 +71,15 @@ def nearest(name: str, known: list[str]) -> str:
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be given as one int for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@contextmanager
+def _said_as_value_error() -> Iterator[None]:
+    """What transformers stumbles over in a config.json, as the error of values that no model can be built from."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"The configuration has a field that cannot be read: {error}") from error
 
 
 class MAEConfig(PreTrainedConfig):
@@ -124,16 +151,17 @@ class MAEConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
-        if (num_labels := kwargs.get("num_labels") or 0) > LARGEST_NUM_LABELS:  # the base class names every label
-            raise ValueError(f"num_labels must be at most {LARGEST_NUM_LABELS:,}, but is {num_labels:,}.")
+        self._check_inherited(kwargs)
         super().__post_init__(**kwargs)
         self._check()
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """The fields in a config.json, of a folder or the Hub; one of transformers' ViTMAE or ViT is read as ours."""
-        fields, unused = super().get_config_dict(*args, **kwargs)
-        if (model_type := fields.get("model_type")) in TRANSFORMERS_DEFAULTS:
+        with _said_as_value_error():
+            fields, unused = super().get_config_dict(*args, **kwargs)
+            model_type = str(fields.get("model_type"))
+        if model_type in TRANSFORMERS_DEFAULTS:
             fields = {**TRANSFORMERS_DEFAULTS[model_type], **fields, "model_type": cls.model_type}
             for no_part_of_ours in ("encoder_stride", "pooler_act", "pooler_output_size"):
                 fields.pop(no_part_of_ours, None)
@@ -144,7 +172,8 @@ class MAEConfig(PreTrainedConfig):
         # The base class sets overrides such as from_pretrained(..., mask_ratio=0.5) after the checks; here they go in
         # before, so that an impossible override is refused like an impossible value.
         overrides = {name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs.keys()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        with _said_as_value_error():
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def validate(self) -> None:
         """Check the values again; transformers calls this before it writes config.json."""
@@ -186,6 +215,26 @@ class MAEConfig(PreTrainedConfig):
         rows, columns = self.grid_shape
         return rows * columns
 
+    def _check_inherited(self, others: dict[str, Any]) -> None:
+        """Check the fields of the base class, before it uses them: dtype, and `others`, as given."""
+        values = {"dtype": self.dtype, "id2label": self.id2label, "label2id": self.label2id, **others}
+        for name in ("dtype", "torch_dtype"):
+            dtype = getattr(torch, value, None) if isinstance(value := values.get(name), str) else value
+            is_right = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            if value is not None and not is_right:
+                raise ValueError(f"{name} must be a floating point dtype of torch, 'float32' for instance: {value!r}.")
+        for name, types in INHERITED.items():
+            if (value := values.get(name)) is not None and not isinstance(value, types):
+                raise ValueError(f"{name} must be {' or '.join(t.__name__ for t in types)}, but is {value!r}.")
+        if (num_labels := values.get("num_labels") or 0) > LARGEST_NUM_LABELS:  # the base class names every label
+            raise ValueError(f"num_labels must be at most {LARGEST_NUM_LABELS:,}, but is {num_labels:,}.")
+        if values.get("quantization_config") is not None:
+            raise ValueError(
+                "The configuration has a quantization_config. Weights that were saved quantized cannot be checked and "
+                "are not loaded: take the checkpoint that they were made from, and give quantization_config to "
+                "from_pretrained."
+            )
+
     def _check(self) -> None:
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
@@ -196,7 +245,7 @@ class MAEConfig(PreTrainedConfig):
             if max(pair) > LARGEST_SIDE:
                 raise ValueError(f"{name} must be at most {LARGEST_SIDE:,} pixels, but is {size!r}.")
         for name, largest in LARGEST.items():
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest:,}, but is {value:,}.")
@@ -224,6 +273,11 @@ class MAEConfig(PreTrainedConfig):
         for name in ("initializer_range", "layer_norm_eps"):
             if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, but is {value!r}.")
+        for name in ("qkv_bias", "norm_pix_loss", "mask_tokens_in_encoder"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, but is {value!r}.")
+        if not isinstance(self.hidden_act, str):
+            raise ValueError(f"hidden_act must be the name of an activation, but is {self.hidden_act!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from typing import Any
 
 import torch
@@ -25,7 +26,15 @@ TRANSFORMERS_KEYS = {
     "output.dense": "mlp.fc2",
 }
 
-LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+# What torch.compile and data parallelism put into the names of the weights that they wrap -> nothing.
+WRAPPER_KEYS = {r"^(?:module\.|_orig_mod\.)+": "", r"\._orig_mod\.": "."}
+
+# The parts of a model by the names of their weights. (The mask token of a ViT is for masked images, and nobody's here.)
+ENCODER_PART = re.compile(r"(?:vit\.)?(embeddings(?=\.(?!mask_token$))|layers\.\d+(?=\.)|layernorm(?=\.))")
+OTHER_PART = re.compile(r"(decoder|fc_norm|classifier)\.")
+
+# Bytes. The format allows 100 MB, which take minutes to read; a ViT of 500 layers has 1 MB.
+LONGEST_HEADER = 8_000_000
 
 
 def check_weights_file(path: str, weight_names: set[str]) -> None:
@@ -40,7 +49,7 @@ def check_weights_file(path: str, weight_names: set[str]) -> None:
 
     Raises:
         OSError: the file is cut off, or its header is not one.
-        ValueError: a weight is of integers, booleans or complex numbers.
+        ValueError: a weight is of integers, booleans or complex numbers, or is there twice.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -58,8 +67,17 @@ def check_weights_file(path: str, weight_names: set[str]) -> None:
         raise OSError(f"{path} is damaged, its header cannot be read: {error}") from error
     if 8 + header_length + end != size:
         raise OSError(f"{path} is damaged: it has {size} bytes, but its header describes {8 + header_length + end}.")
+    if len({unwrapped(name) for name in tensors}) < len(tensors):
+        raise ValueError(f"{path} has a weight twice, with and without 'module.' or '_orig_mod.' in its name.")
     if wrong:
-        raise ValueError(f"{path} has weights that are no floating point numbers: {_first_few(wrong)}.")
+        raise ValueError(f"{path} has weights that are no floating point numbers: {first_few(wrong)}.")
+
+
+def unwrapped(key: str) -> str:
+    """The name of a weight without what torch.compile and data parallelism have put into it."""
+    for pattern, replacement in WRAPPER_KEYS.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,18 +102,72 @@ def check_loaded_weights(model: nn.Module, loading_info: Any, ignore_mismatched_
     if mismatched and not ignore_mismatched_sizes:
         shapes = [f"{name} is {tuple(found)} and not {tuple(wanted)}" for name, found, wanted in mismatched]
         raise RuntimeError(  # as transformers does
-            f"The checkpoint does not fit its configuration: {_first_few(shapes)}. If that is meant, "
+            f"The checkpoint does not fit its configuration: {first_few(shapes)}. If that is meant, "
             f"ignore_mismatched_sizes=True makes new weights in their place."
         )
-    # The smallest and the largest value are NaN if any value is. This costs less than the loading itself; isfinite of
-    # everything would cost several times as much.
-    broken = [
-        name
-        for name, weight in model.named_parameters()
-        if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all()
-    ]
+    broken = not_finite(dict(model.named_parameters()))
     if broken:
-        raise ValueError(f"The checkpoint has weights that are NaN or infinite: {_first_few(broken)}.")
+        raise ValueError(f"The checkpoint has weights that are NaN or infinite: {first_few(broken)}.")
+
+
+def not_finite(weights: dict[str, Tensor]) -> list[str]:
+    """The names of the weights that have a NaN or an infinity; those on the meta device have no values."""
+
+    def is_finite(weight: Tensor) -> bool:
+        if weight.is_meta or weight.numel() == 0:
+            return True
+        # The smallest and the largest value are NaN if any value is. This costs less than the loading itself; isfinite
+        # of everything would cost several times as much. Numbers of 8 bits have no minimum in torch.
+        values = weight.detach().float() if weight.element_size() == 1 else weight.detach()
+        return bool(torch.stack(values.aminmax()).isfinite().all())
+
+    return [name for name, weight in weights.items() if not is_finite(weight)]
+
+
+def check_loaded_keys(model: nn.Module, loading_info: Any, source: Any) -> None:
+    """Refuse a checkpoint whose keys are not those of the model.
+
+    A decoder, a head or whole layers may be missing, or left over: what is missing starts new, and transformers says
+    so. But some of the encoder must fit, and what fits is never a piece of a part (embeddings, a layer, the decoder).
+
+    Args:
+        model: with the weights that were found.
+        loading_info: of transformers, with missing_keys and unexpected_keys, before any of them are ignored.
+        source: what is loaded, for messages.
+
+    Raises:
+        ValueError: no weight of the encoder fits, or a part is there in pieces; with the keys.
+    """
+    names = set(model.state_dict())
+    missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
+    found = names - missing
+    if not any(ENCODER_PART.match(name) for name in found - {name for name, *_ in loading_info.mismatched_keys}):
+        raise ValueError(
+            f"No weight in {source} fits the encoder, by its name and shape: there are "
+            f"{first_few(sorted(found | unexpected)) or 'none'}, and the model has "
+            f"{first_few(sorted(filter(ENCODER_PART.match, names)))}."
+        )
+    parts = {_part(name) for name in found} - {None}
+    lacking = sorted(key for key in missing if _part(key) in parts)
+    left_over = sorted(key for key in unexpected if _part(key) in parts)
+    if lacking or left_over:
+        raise ValueError(
+            f"{source} does not fit its configuration: {' and '.join(_key_problems(lacking, left_over))}, in a part of "
+            f"the model that it has otherwise. Is its config.json the one that was saved with the weights?"
+        )
+
+
+def _key_problems(lacking: list[str], left_over: list[str]) -> list[str]:
+    problems = {"it lacks": lacking, "the model has no place for": left_over}
+    return [f"{problem} {first_few(keys)}" for problem, keys in problems.items() if keys]
+
+
+def _part(key: str) -> str | None:
+    """What a weight is a part of; the mask token of an encoder takes the place of the decoder's."""
+    if key == "encoder_mask_token":
+        return "decoder"
+    match = ENCODER_PART.match(key) or OTHER_PART.match(key)
+    return match[1] if match else None
 
 
 def resize_checkpoint_tables(
@@ -139,5 +211,5 @@ def _is_table(name: str) -> bool:
     return name.endswith(("position_embeddings", "decoder_pos_embed"))
 
 
-def _first_few(items: list[str]) -> str:
+def first_few(items: list[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -26,7 +27,14 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention
 from .configuration_mae import MAEConfig, nearest
-from .loading import TRANSFORMERS_KEYS, check_loaded_weights, check_weights_file, resize_checkpoint_tables
+from .loading import (
+    TRANSFORMERS_KEYS,
+    WRAPPER_KEYS,
+    check_loaded_keys,
+    check_loaded_weights,
+    check_weights_file,
+    resize_checkpoint_tables,
+)
 from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
 from .patches import (
     denormalize_patches,
@@ -331,18 +339,25 @@ class MAEPreTrainedModel(PreTrainedModel):
         With another `image_size` than the checkpoint's, given here or in a `config`, its position tables are resized.
 
         Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
-        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.)
+        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.) So are
+        those of a compiled or data-parallel model, whose keys begin with `_orig_mod.` or `module.`.
+
+        What is missing as a whole (a decoder, a head, a layer) starts new, with the warning of transformers.
 
         Raises:
             OSError: there are no safetensors weights, or the file is damaged.
             RuntimeError: a weight does not have the shape that the configuration says.
-            ValueError: weights are no finite floating point numbers, or a pickle was asked for.
+            ValueError: no weight of the encoder is there, or a part of the model only in pieces; weights are no finite
+                floating point numbers; or a pickle was asked for.
         """
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
-        loaded: Any = super().from_pretrained(
-            *args, key_mapping={**(key_mapping or {}), **TRANSFORMERS_KEYS}, output_loading_info=True, **kwargs
-        )
+        renamed = {**WRAPPER_KEYS, **(key_mapping or {}), **TRANSFORMERS_KEYS}
+        try:
+            loaded: Any = super().from_pretrained(*args, key_mapping=renamed, output_loading_info=True, **kwargs)
+        except SafetensorError as error:  # which says neither which file nor that it is damaged
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise OSError(f"The weights in {source} are damaged: {error}") from error
         model, loading_info = loaded
         # Loading replaces parameters by new ones that all require gradients.
         model._freeze_position_tables()
@@ -390,16 +405,17 @@ class MAEPreTrainedModel(PreTrainedModel):
     ) -> Any:
         # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
         # in their place, for a damaged config.json with all the memory that it asks for.
-        if not load_config.is_quantized:
-            weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-            for file in checkpoint_files or []:
-                check_weights_file(file, weight_names)
-            state_dict = resize_checkpoint_tables(state_dict, checkpoint_files or [], model.config)
+        weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+        for file in checkpoint_files or []:
+            check_weights_file(file, weight_names)
+        is_from_files = state_dict is None  # else it was handed over by the caller, who knows what it lacks
+        state_dict = resize_checkpoint_tables(state_dict, checkpoint_files or [], model.config)
         loading_info, offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args
         )
-        if not load_config.is_quantized:
-            check_loaded_weights(model, loading_info, load_config.ignore_mismatched_sizes)
+        check_loaded_weights(model, loading_info, load_config.ignore_mismatched_sizes)
+        if is_from_files:
+            check_loaded_keys(model, loading_info, load_config.pretrained_model_name_or_path)
         return loading_info, offload_index
 
     def _freeze_position_tables(self) -> None:
@@ -786,7 +802,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
     trains_position_table = True
     # Loading a pre-training checkpoint leaves these behind; only what is new, the head and fc_norm, is worth a word.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^encoder_mask_token$", r"^vit\.layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^encoder_mask_token$", r"^(vit\.)?layernorm\."]
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)

@@ -87,7 +87,9 @@ def test_recipe__paths_are_left_out_and_names_are_not() -> None:
     shown = yaml.safe_load(shareable_recipe(named, "user/images"))
     assert (shown["dataset"], shown["model_name_or_path"]) == ("user/images", "user/model")
     everything = vars(named).keys()
-    assert everything - shown.keys() == {"output_dir", "push_to_hub"} | {n for n in everything if n.startswith("hub_")}
+    assert everything - shown.keys() == {"output_dir", "overwrite", "push_to_hub"} | {
+        n for n in everything if n.startswith("hub_")
+    }
     hidden = yaml.safe_load(shareable_recipe(resolved(dataset="digits", model_name_or_path="/"), "the digits"))
     assert not {"dataset", "model_name_or_path"} & hidden.keys()
 

@@ -1,0 +1,42 @@
+"""The checkpoint that a run starts from: every weight of its encoder, or none of the run."""
+
+from typing import Any
+
+from ..configuration_mae import MAEConfig
+from ..loading import ENCODER_PART, first_few
+
+# What may differ in shape: the head of other classes.
+MAY_CHANGE_SHAPE = ("classifier.",)
+
+
+def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[Any, list[str]]:
+    """A model with the whole encoder of a checkpoint, and the names of its weights that are new.
+
+    New are a decoder, a head or `fc_norm` that the checkpoint does not have, and what has to change its shape.
+
+    Args:
+        model_class: one of the three models.
+        name: of the checkpoint, a folder or on the Hub.
+        config: of the model.
+
+    Raises:
+        ValueError: a weight of the encoder is missing or left over, or any weight is of another shape; with its name.
+    """
+    model, loaded = model_class.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    mismatched = {key for key, *_ in loaded["mismatched_keys"]}
+    lacking = sorted(filter(ENCODER_PART.match, loaded["missing_keys"]))
+    left_over = sorted(filter(ENCODER_PART.match, loaded["unexpected_keys"]))
+    misshapen = sorted(key for key in mismatched if not key.removeprefix("vit.").startswith(MAY_CHANGE_SHAPE))
+    problems = {"missing is": lacking, "left over is": left_over, "of another shape is": misshapen}
+    said = [f"{problem} {first_few(keys)}" for problem, keys in problems.items() if keys]
+    if said:
+        advice = "Is its config.json the one that was saved with the weights?"
+        if all("layernorm." in key for key in lacking) and not left_over + misshapen:
+            advice = (
+                "A classifier that pools the mean has no final norm: start from the checkpoint that it came from, or "
+                "fine-tune it with --pooling mean."
+            )
+        raise ValueError(f"The weights of {name} are not those of its configuration: {'; '.join(said)}. {advice}")
+    return model, sorted(loaded["missing_keys"] | mismatched)
