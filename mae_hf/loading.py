@@ -125,10 +125,11 @@ def not_finite(weights: dict[str, Tensor]) -> list[str]:
 
 
 def check_loaded_keys(model: nn.Module, loading_info: Any, source: Any) -> None:
-    """Refuse a checkpoint whose keys are not those of the model.
+    """Refuse a checkpoint that is of another architecture, where no shape shows it.
 
-    A decoder, a head or whole layers may be missing, or left over: what is missing starts new, and transformers says
-    so. But some of the encoder must fit, and what fits is never a piece of a part (embeddings, a layer, the decoder).
+    What is missing starts new, and transformers says so; parts that the model does not have (a decoder, a head, more
+    layers) are left over. But some of the encoder must fit, and nothing is left over in a part that the model has: a
+    layer with biases on query, key and value for one without.
 
     Args:
         model: with the weights that were found.
@@ -136,7 +137,7 @@ def check_loaded_keys(model: nn.Module, loading_info: Any, source: Any) -> None:
         source: what is loaded, for messages.
 
     Raises:
-        ValueError: no weight of the encoder fits, or a part is there in pieces; with the keys.
+        ValueError: no weight of the encoder fits, or a part has more than the model's; with the keys.
     """
     names = set(model.state_dict())
     missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
@@ -147,22 +148,16 @@ def check_loaded_keys(model: nn.Module, loading_info: Any, source: Any) -> None:
             f"{first_few(sorted(found | unexpected)) or 'none'}, and the model has "
             f"{first_few(sorted(filter(ENCODER_PART.match, names)))}."
         )
-    parts = {_part(name) for name in found} - {None}
-    lacking = sorted(key for key in missing if _part(key) in parts)
-    left_over = sorted(key for key in unexpected if _part(key) in parts)
-    if lacking or left_over:
+    parts = {part_of(name) for name in found} - {None}
+    left_over = sorted(key for key in unexpected if part_of(key) in parts)
+    if left_over:
         raise ValueError(
-            f"{source} does not fit its configuration: {' and '.join(_key_problems(lacking, left_over))}, in a part of "
-            f"the model that it has otherwise. Is its config.json the one that was saved with the weights?"
+            f"{source} does not fit its configuration: the model has no place for {first_few(left_over)}, in a part "
+            f"that it has otherwise. Is its config.json the one that was saved with the weights?"
         )
 
 
-def _key_problems(lacking: list[str], left_over: list[str]) -> list[str]:
-    problems = {"it lacks": lacking, "the model has no place for": left_over}
-    return [f"{problem} {first_few(keys)}" for problem, keys in problems.items() if keys]
-
-
-def _part(key: str) -> str | None:
+def part_of(key: str) -> str | None:
     """What a weight is a part of; the mask token of an encoder takes the place of the decoder's."""
     if key == "encoder_mask_token":
         return "decoder"

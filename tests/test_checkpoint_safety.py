@@ -267,17 +267,13 @@ def test_keys__with_and_without_a_wrapper_are_refused(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (
-            {"mask_tokens_in_encoder": True},
-            r"lacks encoder_mask_token and the model has no place for decoder\.mask_tok",
-        ),
+        ({"mask_tokens_in_encoder": True}, r"the model has no place for decoder\.mask_token"),
         ({"qkv_bias": False}, r"the model has no place for decoder\.decoder_layers\.0\.attention\.k_proj\.bias"),
-        ({"decoder_num_hidden_layers": 3}, r"it lacks decoder\.decoder_layers\.2\."),
         ({"decoder_num_hidden_layers": 1}, r"no place for decoder\.decoder_layers\.1\."),
     ],
 )
 def test_keys__of_another_architecture_than_the_configuration(fields: dict, sentence: str, checkpoint: Path) -> None:
-    """In ways that no shape shows: each part of a model comes whole or not at all."""
+    """In ways that no shape shows. What is missing starts new, as transformers has it; what is left over says more."""
     change_config(checkpoint, **fields)
     with pytest.raises(ValueError, match=rf"checkpoint does not fit its configuration: .*{sentence}"):
         MAEForPreTraining.from_pretrained(checkpoint)

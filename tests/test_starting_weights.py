@@ -106,6 +106,10 @@ def without_the_position_table(start: Path) -> None:
     change_keys(start, lambda key: None if key == "vit.embeddings.position_embeddings" else key)
 
 
+def without_a_bias(start: Path) -> None:
+    change_keys(start, lambda key: None if key == "vit.layers.1.mlp.fc1.bias" else key)
+
+
 def depth_not_said(start: Path) -> None:
     change_config(start, num_hidden_layers=None)
 
@@ -122,7 +126,8 @@ SPOILT = [
     (foreign, r"No weight in .*start fits the encoder.*student\."),
     (without_layers, r"start are not those of its configuration: missing is vit\.layers\.0\..* and 45 more"),
     (without_a_layer, r"missing is vit\.layers\.1\.attention\.k_proj\.bias, .* and 13 more"),
-    (without_the_position_table, r"it lacks vit\.embeddings\.position_embeddings"),
+    (without_a_bias, r"missing is vit\.layers\.1\.mlp\.fc1\.bias\. "),
+    (without_the_position_table, r"missing is vit\.embeddings\.position_embeddings\. "),
     (depth_not_said, r"missing is vit\.layers\.10\..* and 141 more"),  # 12 layers by default, and there are 3
     (shallower, r"left over is vit\.layers\.2\..* and 13 more"),
     (narrower, r"of another shape is vit\.layers\.0\.mlp\.fc1\.bias"),
@@ -158,6 +163,14 @@ def test_pretrain__without_a_decoder_goes_on_and_says_so(
     AcceleratorState._reset_state(reset_partial_state=True)
     pretrain(checkpoint, pets, tmp_path / "both")
     assert f"weights   {checkpoint}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["pretrain", "show"])
+def test_decoder__in_pieces_is_refused_with_its_keys(script: str, checkpoint: Path, pets: Path, tmp_path: Path) -> None:
+    start = Path(shutil.copytree(checkpoint, tmp_path / "start"))
+    change_config(start, decoder_num_hidden_layers=3)  # and the checkpoint has 2
+    with pytest.raises(ValueError, match=r"missing is decoder\.decoder_layers\.2\..* and 13 more"):
+        SCRIPTS[script](start, pets, tmp_path / "out")
 
 
 @pytest.mark.parametrize("run", [pretrain, probe])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..configuration_mae import MAEConfig
-from ..loading import ENCODER_PART, first_few
+from ..loading import ENCODER_PART, first_few, part_of
 
 # What may differ in shape: the head of other classes.
 MAY_CHANGE_SHAPE = ("classifier.",)
@@ -20,13 +20,15 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
         config: of the model.
 
     Raises:
-        ValueError: a weight of the encoder is missing or left over, or any weight is of another shape; with its name.
+        ValueError: a weight of the encoder is missing or left over, a decoder or a head is there in pieces, or a weight
+            is of another shape; with its name.
     """
     model, loaded = model_class.from_pretrained(
         name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
-    lacking = sorted(filter(ENCODER_PART.match, loaded["missing_keys"]))
+    has_some_of = {part_of(key) for key in model.state_dict().keys() - loaded["missing_keys"]}
+    lacking = sorted(k for k in loaded["missing_keys"] if ENCODER_PART.match(k) or part_of(k) in has_some_of)
     left_over = sorted(filter(ENCODER_PART.match, loaded["unexpected_keys"]))
     misshapen = sorted(key for key in mismatched if not key.removeprefix("vit.").startswith(MAY_CHANGE_SHAPE))
     problems = {"missing is": lacking, "left over is": left_over, "of another shape is": misshapen}

@@ -366,10 +366,10 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def refused(script: str, *words: str) -> str:
+def refused(script: str, *words: str, folder: Path | None = None) -> str:
     """What a script says to a command line that cannot be right, having imported nothing that takes seconds."""
     command = [sys.executable, "-c", AS_A_SCRIPT, str(EXAMPLES / f"{script}.py"), *words]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120, cwd=folder)
     assert done.stdout == "imported: []\n", done.stdout
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
@@ -400,10 +400,9 @@ def test_script__refuses_before_it_imports(script: str, words: list[str], senten
     assert sentence in refused(script, *words)
 
 
-def test_script__says_how_a_missing_run_is_made() -> None:
-    said = refused("run_finetune", "--model_name_or_path", "runs/quickstart", "--output_dir", "runs/no_such_run")
-    if not Path("runs/quickstart").exists():
-        assert "To make it: accelerate launch examples/run_pretrain.py --recipe quickstart" in said
+def test_script__says_how_a_missing_run_is_made(tmp_path: Path) -> None:
+    said = refused("run_finetune", "--model_name_or_path", "runs/quickstart", folder=tmp_path)
+    assert "To make it: accelerate launch examples/run_pretrain.py --recipe quickstart" in said
 
 
 def test_script__refuses_a_tracker_and_an_attention_that_are_not_installed() -> None:
