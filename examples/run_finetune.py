@@ -52,7 +52,7 @@ from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
 from mae_hf.training.recipe import FinetuneRecipe, read_recipe
-from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import open_labelled, seed_of
@@ -122,6 +122,7 @@ def sentence(metrics: ClassificationMetrics) -> str:
     )
 
 
+@closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, model

@@ -52,7 +52,7 @@ from mae_hf.training.metrics import ClassificationMetrics, classification_metric
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses
 from mae_hf.training.recipe import ProbeRecipe, read_recipe
-from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import bare, check_whole
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
@@ -94,6 +94,7 @@ def build_optimizer(recipe: ProbeRecipe, probes: SideBySide) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
+@closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, encoder

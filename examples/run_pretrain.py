@@ -35,7 +35,7 @@ from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
 from mae_hf.training.recipe import PretrainRecipe, read_recipe
 from mae_hf.training.reconstruction import save_picture
-from mae_hf.training.run import RunFolder, best_precision, start_trackers
+from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source
@@ -65,6 +65,7 @@ def fixed_batch(source: ImageSource, config: MAEConfig, recipe: PretrainRecipe) 
     return default_collate(images.first(PICTURES))
 
 
+@closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------------
     # Recipe, processes, images, model

@@ -26,7 +26,7 @@ from mae_hf.training.data import PretrainingImages, batches, make_schedule
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
-from mae_hf.training.run import RunFolder
+from mae_hf.training.run import RunFolder, closes_run_folder
 from mae_hf.training.sources import open_source
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -108,6 +108,7 @@ def train(recipe: PretrainRecipe, repaired: bool) -> None:
     folder.close()
 
 
+@closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", choices=["shipped", "repaired"], help="the position tables and the two tokens")

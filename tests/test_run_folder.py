@@ -1,14 +1,18 @@
 """What stands in a run folder when a run starts in it: another run, other images, damage, another process."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import run_finetune
 import run_linear_probe
+import run_pretrain
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -278,6 +282,18 @@ def test_two_processes__the_second_is_refused_until_the_first_is_gone(photos: Pa
     first.send_signal(signal.SIGKILL)  # which leaves nobody to clean up
     first.communicate(timeout=60)
     goes_on(photos, run, whole)
+
+
+@pytest.mark.parametrize("script", [run_pretrain, run_finetune, run_linear_probe])
+def test_run_that_failed__has_closed_its_lock(script: ModuleType, pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)  # which is damaged
+    words = ["--dataset", str(pets), "--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "run")]
+    words += [] if script is run_pretrain else ["--eval_fraction", "0.25"]
+    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+        script.main(words)
+    with (tmp_path / "run" / ".lock").open() as file:
+        assert json.load(file)["pid"] == os.getpid()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError, if it were held
 
 
 def test_versions__are_kept_and_a_change_is_said(photos: Path, run: Path, whole: Path) -> None:

@@ -23,8 +23,8 @@ def lock(folder: Path) -> None:
     """Keep other processes from writing to a folder until `unlock`, or until this process ends, however it ends.
 
     The kernel keeps the lock for the open file, which no child process inherits: after SIGKILL nothing has to be
-    cleaned up. On NFS the server keeps it, and takes it back from a machine that is gone. A run that failed in this
-    process leaves its lock to the next one.
+    cleaned up. On NFS the server keeps it, and takes it back from a machine that is gone. What
+    this process has locked before stays its own.
 
     Raises:
         ValueError: another process holds it.
@@ -60,6 +60,12 @@ def unlock(folder: Path) -> None:
     """Let others write to a folder, if this process had locked it."""
     if file := _held.pop(folder.resolve() / LOCK, None):
         file.close()
+
+
+def unlock_all() -> None:
+    """Let others write to every folder that this process had locked."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 def _holder(text: str) -> str:

@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import is_bf16_available
 
-from .checkpoints import Checkpoints, progress_of
+from .checkpoints import Checkpoints, finish_writing, progress_of
 from .files import append_records, as_json, flush, read_records, replace, writing
-from .lock import lock, unlock
+from .lock import lock, unlock, unlock_all
 from .recipe import MAY_CHANGE, as_yaml
 
 LIBRARIES = (
@@ -338,6 +338,16 @@ class RunFolder:
             finally:
                 if accelerator.is_main_process:
                     shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def closes_run_folder() -> Iterator[None]:
+    """Decorates the main function of a script: however it ends, its run folder is written to no more, and unlocked."""
+    try:
+        yield
+    finally:
+        finish_writing()
+        unlock_all()
 
 
 def _read_settings(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -20,9 +20,16 @@ from mae_hf.training import checkpoints
 from mae_hf.training.checkpoints import copied_to_host
 from mae_hf.training.progress import Progress
 from mae_hf.training.recipe import PretrainRecipe
-from mae_hf.training.run import RunFolder, best_precision
+from mae_hf.training.run import RunFolder, best_precision, closes_run_folder
 
 TERMINAL = ("pty", "fcntl", "termios")
+
+
+@pytest.fixture(autouse=True)
+def nothing_open() -> Iterator[None]:
+    """The tests cut runs off, and don't end them as a script does."""
+    with closes_run_folder():
+        yield
 
 
 def run_folder(path: Path, **settings) -> RunFolder:
