@@ -11,15 +11,12 @@ import argparse
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoImageProcessor,
@@ -39,8 +36,7 @@ from .modeling_mae import (
     MAEModel,
     MAEPreTrainedModel,
 )
-
-Weights = dict[str, Tensor]
+from .weight_files import Weights, read_weights
 
 # What is written, and where to.
 TARGETS = {
@@ -106,7 +102,9 @@ def convert(source: str | Path, destination: str | Path, to: str = "mae", **fiel
         What was found, what had to be assumed, what is missing and what is left out; a sentence each.
 
     Raises:
-        ValueError: the source has keys or shapes that have no place, or the target has no place for the model.
+        ValueError: the source is damaged, has keys or shapes that have no place, or weights that are not finite; or the
+            target has no place for the model.
+        OSError: the source cannot be read, or the destination not written.
     """
     model, report = load_checkpoint(source, **fields)
     report += save_checkpoint(model, destination, to)
@@ -134,10 +132,15 @@ def load_checkpoint(source: str | Path, **fields: Any) -> tuple[MAEPreTrainedMod
         and the report, a sentence each.
 
     Raises:
-        ValueError: the source is none of these, or has keys or shapes that have no place in the model.
+        ValueError: the source is none of these, or has keys or shapes that have no place in the model, or weights that
+            are no finite floating point numbers.
+        OSError: the source cannot be read, or is damaged.
     """
-    if Path(source).is_file():
-        return _load_original(Path(source), fields)
+    path = Path(source)
+    if path.exists() and not path.is_dir():
+        return _load_original(path, fields)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is a folder without a config.json: give that of a model, or the file of the weights.")
     return _load_transformers(str(source), fields)
 
 
@@ -166,7 +169,7 @@ def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrain
 
 
 def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedModel, list[str]]:
-    weights = read_weights(path)
+    weights, found = read_weights(path)
     if any("embeddings.patch_embeddings." in key for key in weights):
         raise ValueError(
             f"{path} has the keys of a model of transformers, whose numbers stand in the config.json beside it: give "
@@ -186,40 +189,8 @@ def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedMod
     for key, ours in layout.items():
         state.update(zip(ours, weights[key].chunk(len(ours)), strict=True))
     model.load_state_dict(state, assign=True)
-    report = [f"Found in {path}: {kind}.", _sizes(config), _assumptions(config, model, fields)]
+    report = [f"Found in {path}: {kind}.", *found, _sizes(config), _assumptions(config, model, fields)]
     return model.eval(), report + _missing_decoder(model)
-
-
-def read_weights(path: Path) -> Weights:
-    """The state dict in a file, mapped into memory and not copied; of a pickle, nothing but tensors and plain values.
-
-    Raises:
-        ValueError: the file is damaged, holds no state dict, or is a pickle that wants to run code.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no intact safetensors file: {error}") from error
-    try:
-        # The original's files also hold the command line of the run, a Namespace of plain values. Files from before
-        # torch 1.6 are no zip archives and can't be mapped.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the bytes of a damaged file can lead to any
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} is a pickle that wants {wanted[1]}: such a file can run any code when it is read, so it is "
-                f"not read. If you trust where it is from, load it yourself and save its state dict alone."
-            ) from error
-        raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
-    for nested in ("model", "state_dict"):
-        if isinstance(loaded, dict) and nested in loaded:
-            loaded = loaded[nested]
-    pairs = loaded.items() if isinstance(loaded, dict) else ()
-    if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        raise ValueError(f"{path} holds no state dict, neither at its top nor under 'model' or 'state_dict'.")
-    return loaded
 
 
 def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
@@ -498,7 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     try:
         print("\n".join(convert(**chosen)))
-    except ValueError as error:  # something that the user can mend, said in a sentence
+    except (OSError, ValueError) as error:  # something that the user can mend, said in a sentence
         sys.exit(f"convert: {error}")
 
 

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
-from mae_hf.convert import _original_layout, convert, infer_config, load_checkpoint, main, read_weights, save_checkpoint
+from mae_hf.convert import _original_layout, convert, infer_config, load_checkpoint, main, save_checkpoint
+from mae_hf.weight_files import read_weights
 
 TOLERANCE = 1e-5
 HEADS = {"num_attention_heads": 2, "decoder_num_attention_heads": 3}  # tiny_config's, which shapes do not tell
@@ -641,7 +642,7 @@ def test_flipped_bytes_end_in_a_sentence_or_a_model(tmp_path, suffix):
     path = tmp_path / f"vit{suffix}"
     save_checkpoint(model, path.with_suffix(".pth" if suffix == ".bin" else suffix), to="timm")
     if suffix == ".bin":
-        torch.save(read_weights(path.with_suffix(".pth")), path, _use_new_zipfile_serialization=False)
+        torch.save(read_weights(path.with_suffix(".pth"))[0], path, _use_new_zipfile_serialization=False)
     intact, chance, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(200):
         damaged = bytearray(intact)
