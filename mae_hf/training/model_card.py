@@ -37,6 +37,16 @@ def shareable_recipe(recipe: Recipe, source_name: str) -> str:
     return as_yaml(recipe, without=hidden)
 
 
+def loadable_name(recipe: Recipe) -> str:
+    """What code loads the model by: its name on the Hub, or its folder, as seen from where the run was started.
+
+    A folder elsewhere is a path of this machine, of which only the last name is shown.
+    """
+    folder, here = Path(recipe.output_dir).resolve(), Path.cwd()
+    local = folder.relative_to(here) if folder.is_relative_to(here) else Path("path/to", folder.name)
+    return recipe.hub_model_id or local.as_posix()
+
+
 def loss_table(history: list[dict[str, Any]]) -> str:
     """The loss curve as a table of Markdown: a few records of metrics.jsonl, evenly spaced, the last one among them."""
     history = [record for record in history if "loss" in record]
@@ -83,6 +93,7 @@ def write_pretraining_card(
         data,
         template_path=str(TEMPLATES / "pretrain.md"),
         name=recipe.hub_model_id or Path(folder).resolve().name,
+        loadable=loadable_name(recipe),
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
         image_mode=PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)],
@@ -156,6 +167,7 @@ def write_classifier_card(
         data,
         template_path=str(TEMPLATES / "finetune.md"),
         name=name,
+        loadable=loadable_name(recipe),
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
         start="a masked autoencoder" if recipe.model_name_or_path else None,

@@ -1,11 +1,17 @@
 """Model cards: what the Hub reads in them, what a person reads, and what must not be in them."""
 
+import re
+import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import run_finetune
+import run_pretrain
 import yaml
 from huggingface_hub import ModelCard
+from test_faults import SMALL, SMALL_ENCODER
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.model_card import loss_table, shareable_recipe, write_pretraining_card
@@ -70,6 +76,28 @@ def test_card__the_text_of_a_person(tmp_path: Path) -> None:
     assert '.convert("RGB")' in written
     grey = {"num_channels": 1, "image_mean": [0.5], "image_std": [0.5]}
     assert '.convert("L")' in card(tmp_path, source_name="user/images", **grey).text
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("script", "words", "run"),
+    [
+        (run_pretrain, SMALL, "runs/mine"),
+        (run_pretrain, SMALL, "../elsewhere"),
+        (run_finetune, [*SMALL_ENCODER, "--eval_fraction", "0.25"], "runs/mine"),
+        (run_finetune, [*SMALL_ENCODER, "--eval_fraction", "0.25", "--num_channels", "1"], "runs/mine"),
+    ],
+)
+def test_card__its_code_runs_where_the_run_was_started(
+    script: ModuleType, words: list[str], run: str, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    script.main(["--dataset", str(pets), *words, "--epochs", "1", "--output_dir", run])
+    (code,) = re.findall(r"```python\n(.*?)```", Path(run, "README.md").read_text(), flags=re.DOTALL)
+    assert ("path/to/elsewhere" in code) == (run == "../elsewhere"), "its folder is nobody's business"
+    shutil.copy(pets / "cat" / "0.png", "image.jpg")
+    exec(code.replace("path/to", ".."), {})
 
 
 def test_card__a_run_that_has_learned_has_no_doubts(tmp_path: Path) -> None:
