@@ -11,6 +11,7 @@ folder continues the run.
 """
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,8 +56,10 @@ from mae_hf.training.recipe import FinetuneRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
-from mae_hf.training.sources import open_labelled, seed_of
+from mae_hf.training.sources import ImageSource, open_labelled, seed_of
 from mae_hf.training.starting_weights import load_with_encoder
+
+OF_RECIPE = ("image_size", "pooling", "drop_path_rate")  # what may differ from the checkpoint
 
 
 def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForImageClassification, bool]:
@@ -73,13 +76,14 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
     if recipe.model_name_or_path is None:
         model = MAEForImageClassification(recipe.config(**labels))
     else:
-        of_recipe = ("image_size", "pooling", "drop_path_rate")
-        before, config = recipe.checkpoint_config(of_recipe), recipe.checkpoint_config(of_recipe, **labels)
+        before, config = recipe.checkpoint_config(OF_RECIPE), recipe.checkpoint_config(OF_RECIPE, **labels)
         model, new = load_with_encoder(MAEForImageClassification, recipe.model_name_or_path, config)
         had_head = "classifier.weight" not in new
-        if recipe.eval_only and not had_head:
-            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
         of_head = list(before.id2label.values())
+        if recipe.eval_only and not had_head:
+            if "LABEL_0" not in of_head:
+                refuse_other_labels(of_head, label_names)
+            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
         has_other_head = of_head not in (label_names, [f"LABEL_{number}" for number in range(len(label_names))])
         is_new_head = not had_head or has_other_head
         if not is_new_head:
@@ -95,6 +99,17 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, is_new_head
+
+
+def under_numbers_of_checkpoint(recipe: FinetuneRecipe, judges: ImageSource) -> ImageSource:
+    """An evaluation set that lacks some of the classifier's classes, under the numbers that this gives to the others.
+
+    One that has other classes, or another order of them, is left as it is, for `build_model` to refuse.
+    """
+    of_model = list(recipe.checkpoint_config(OF_RECIPE).id2label.values())
+    if [name for name in of_model if name in judges.label_names] != judges.label_names:
+        return judges
+    return replace(judges, classes=judges.classes.renumbered(of_model))
 
 
 def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
@@ -142,6 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     with main_process_first(accelerator):  # the others find what it has written to the cache
         source, judges = open_labelled(recipe)
+    if recipe.eval_only:
+        source = judges = under_numbers_of_checkpoint(recipe, judges)
     label_names = source.label_names
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)

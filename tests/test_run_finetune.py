@@ -159,6 +159,26 @@ def test_labels_per_class__trains_on_so_many(
     assert "a local folder of images, 6 images" in capsys.readouterr().out
 
 
+def test_eval_only__on_some_of_the_classes(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def judged(folder: Path, run: str) -> dict:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ["--dataset", str(folder), "--model_name_or_path", str(tmp_path / "run"), "--eval_only", "true"]
+        run_finetune.main([*words, "--num_workers", "0", "--output_dir", str(tmp_path / run)])
+        return json.loads((tmp_path / run / "results.json").read_text())
+
+    finetune(pets, checkpoint, tmp_path / "run", "--mixup", "0", "--cutmix", "0")
+    of_all = judged(pets, "of_all")["per_class"]
+    assert len({of_all["cat"], of_all["dog"], of_all["eel"]}) > 1, "a mix-up would not show"
+    for name in ("cat", "eel"):
+        shutil.copytree(pets / name, tmp_path / "some" / name)
+    of_some = judged(tmp_path / "some", "of_some")
+    assert of_some["per_class"] == {**of_all, "dog": None}
+    assert of_some["count"] == 16
+    (tmp_path / "some" / "cat").rename(tmp_path / "some" / "ape")
+    with pytest.raises(ValueError, match=r"of \['cat', 'dog', 'eel'\], and the images have other.*\['ape', 'eel'\]"):
+        judged(tmp_path / "some", "of_others")
+
+
 def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
     finetune(pets, checkpoint, tmp_path / "run", "--epochs", "1")
     renamed = tmp_path / "renamed"  # the same images, "cat" now sorted behind the others

@@ -579,7 +579,8 @@ class FinetuneRecipe(LabelledRecipe):
     eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end", above=0)
     eval_only: bool = setting(
         False,
-        "judge model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well",
+        "judge model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well, and "
+        "may lack some of the model's classes",
     )
     output_dir: str = setting("runs/finetune", "the run folder")
 
