@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 
-MUTATIONS = 2000
+QUICK_SEEDS, ALL_SEEDS = 600, 3000
+A_MINUTE = 60  # a hang, however busy the machine is
 DIGITS, LETTERS = b"0123456789", b"abcdefghijklmnopqrstuvwxyz_"
 ERRORS = (ValueError, OSError, RuntimeError)
 
@@ -382,13 +383,16 @@ def mutate(content: bytes, dice: random.Random) -> bytes:
 
 
 @pytest.mark.usefixtures("_quiet")
-def test_fuzz__loads_or_raises(original: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(QUICK_SEEDS), pytest.param(range(QUICK_SEEDS, ALL_SEEDS), marks=pytest.mark.slow)], ids=str
+)
+def test_fuzz__loads_or_raises(seeds: range, original: Path, tmp_path: Path) -> None:
     """Whatever is done to the files: a model with the weights of the file, all finite, or an exception, and soon."""
     checkpoint = Path(shutil.copytree(original, tmp_path / "checkpoint"))
     contents = {name: (checkpoint / name).read_bytes() for name in ("config.json", "model.safetensors")}
     weights = load_file(checkpoint / "model.safetensors")
     memory, slowest, outcomes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0, Counter()
-    for seed in range(MUTATIONS):
+    for seed in seeds:
         name = ("config.json", "model.safetensors")[seed % 2]
         (checkpoint / name).write_bytes(mutate(contents[name], random.Random(seed)))
         started = time.monotonic()
@@ -406,7 +410,7 @@ def test_fuzz__loads_or_raises(original: Path, tmp_path: Path) -> None:
                     assert weight.equal(weights[key].to(weight.dtype)), f"seed {seed}, {key}"
         slowest = max(slowest, time.monotonic() - started)
         (checkpoint / name).write_bytes(contents[name])
-    assert outcomes["loaded"] > MUTATIONS / 20, outcomes  # harmless changes
-    assert outcomes.total() - outcomes["loaded"] > MUTATIONS / 4, outcomes
-    assert slowest < 5
+    assert outcomes["loaded"] > len(seeds) / 20, outcomes  # harmless changes
+    assert outcomes.total() - outcomes["loaded"] > len(seeds) / 4, outcomes
+    assert slowest < A_MINUTE
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # KiB

@@ -522,6 +522,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
+@pytest.mark.slow
 def test_torchrun__restarts_and_ends_bit_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--epochs", "80", "--log_every", "5", "--save_every", "10", "--process_timeout", "60"]
     torchrun = [*TORCHRUN, "1", SCRIPT]
