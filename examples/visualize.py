@@ -11,6 +11,7 @@ patches of every image, whichever others are shown with it.
 import argparse
 import sys
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ def own_mask(path: str, config: MAEConfig) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a name on the Hub")
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("model", type=expanduser, help="a folder or a name on the Hub")
+    parser.add_argument("images", nargs="+", type=expanduser, help="image files, or folders of them")
     parser.add_argument("--count", type=int, default=8, help="how many images of a folder")
-    parser.add_argument("--output", default="reconstruction.png", help="the PNG to write")
+    parser.add_argument("--output", type=expanduser, default="reconstruction.png", help="the PNG to write")
     parser.add_argument("--mask_ratio", type=float, help="share of hidden patches, if not the model's")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    parser.add_argument("--mask", help="a picture, white where patches are to be hidden, in place of a random mask")
+    parser.add_argument("--mask", type=expanduser, help="a picture, white where patches are hidden, not at random")
     chosen = parser.parse_args(arguments)
 
     try:

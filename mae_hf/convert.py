@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Collection
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -454,8 +455,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mae_hf.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a .pth, .bin or .safetensors file, or a folder or Hub name with a config.json")
-    parser.add_argument("destination", help="the folder, or for timm and original the file, to write")
+    source_help = "a .pth, .bin or .safetensors file, or a folder or Hub name with a config.json"
+    parser.add_argument("source", type=expanduser, help=source_help)
+    parser.add_argument("destination", type=expanduser, help="the folder, or for timm and original the file, to write")
     parser.add_argument("--to", default="mae", choices=TARGETS, help="; ".join(map(": ".join, TARGETS.items())))
     parser.add_argument("--num_attention_heads", type=int, help="of the encoder; a file does not say")
     parser.add_argument("--decoder_num_attention_heads", type=int, help="of the decoder; a file does not say")

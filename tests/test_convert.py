@@ -768,7 +768,8 @@ def test_command_line(tmp_path, capsys):
 
 def test_module_runs(tmp_path):
     ours(MAEModel).save_pretrained(tmp_path / "ours")
-    command = [sys.executable, "-m", "mae_hf.convert", tmp_path / "ours", tmp_path / "vit.pth", "--to", "timm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "mae_hf.convert", "~/ours", "~/vit.pth", "--to", "timm"]  # as in --source=~/ours
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Found in ")
     assert (tmp_path / "vit.pth").exists()

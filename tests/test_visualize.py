@@ -54,3 +54,14 @@ def test_mask__hides_what_is_white(
 def test_visualize__refuses_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no model that can be loaded"):
         visualize.main([str(tmp_path), "image.png"])
+
+
+def test_visualize__knows_the_home_of_the_user(
+    checkpoint: Path, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, target in (("model", checkpoint), ("pets", pets)):
+        (tmp_path / name).symlink_to(target)
+    Image.fromarray(np.eye(4, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    visualize.main(["~/model", "~/pets/cat/0.png", "--mask=~/mask.png", "--output=~/out.png"])
+    assert Image.open(tmp_path / "out.png").height == TITLES + 4 + PICTURE + 4
