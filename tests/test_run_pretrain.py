@@ -1,5 +1,6 @@
 """examples/run_pretrain.py and examples/visualize.py, run for real on small images, and what they leave behind."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,23 @@ def test_interrupted__ends_like_undisturbed(
     assert losses(resumed) == losses(undisturbed)
     whole, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("before", ["4", "2", "1"])
+def test_interrupted__goes_on_with_other_rounds_of_accumulation(before: str, photos: str, tmp_path: Path) -> None:
+    undisturbed = pretrain(photos, tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    saving = ("--save_every", "1", "--keep_checkpoints", "10")
+    pretrain(photos, tmp_path / "parts", *saving, "--per_device_batch_size", before)
+    for after in {"4", "2", "1"} - {before}:
+        for stopped in (4, 5):  # of ten steps
+            run = shutil.copytree(tmp_path / "parts", tmp_path / f"{after} after {stopped}")
+            for later in range(stopped + 1, 11):
+                shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
+            resumed = pretrain(photos, run, "--per_device_batch_size", after)
+            assert np.abs(np.subtract(losses(undisturbed), losses(resumed))).max() < 1e-6
+            found = load_file(run / "model.safetensors")
+            assert max((weights[name] - found[name]).abs().max() for name in weights) < 1e-4
 
 
 def test_finished_run__started_again_takes_no_step(photos: str, tmp_path: Path) -> None:
