@@ -46,6 +46,10 @@ TRACKERS = {
 STEPS_PER_EPOCH = 5  # at the least, with a batch that is left to the number of images
 SMALLEST_BATCH = 16  # which is not halved any more
 
+# Of any number, and of any that is counted: what float32 can still be multiplied by a batch, and int64 by epochs.
+LARGEST = 1e30
+LARGEST_COUNT = 10**9
+
 FOLDERS_OF_A_PROJECT = frozenset({"runs", "data", "datasets", "images", "photos", "shards", "checkpoints"})
 
 RecipeType = TypeVar("RecipeType", bound="Recipe")
@@ -72,6 +76,10 @@ class Range:
                 continue
             if not math.isfinite(item):
                 raise ValueError(f"{name} must be a finite number, but is {value}.")
+            if isinstance(item, float) and item and not 1 / LARGEST <= abs(item) <= LARGEST:
+                raise ValueError(f"{name} must be 0, or of a size from {1 / LARGEST} to {LARGEST}, but is {value}.")
+            if isinstance(item, int) and self.at_most is None and item > LARGEST_COUNT and self.below is None:
+                raise ValueError(f"{name} must be at most {LARGEST_COUNT:,}, but is {value}.")
             if not (
                 (self.at_least is None or item >= self.at_least)
                 and (self.above is None or item > self.above)
@@ -144,7 +152,9 @@ class Recipe:
     image_column: str | None = setting(None, "column that holds the image; found by itself if there is just one")
     streaming: bool = setting(False, "read the data set as a stream, without a copy on this disk")
     shuffle_buffer: int = setting(1000, "out of how many images a stream draws the next one", at_least=1)
-    images_per_epoch: int | None = setting(None, "what counts as an epoch; else the images that there are", at_least=1)
+    images_per_epoch: int | None = setting(
+        None, "what counts as an epoch; else the images that there are", at_least=1, at_most=10**12
+    )
 
     # --- the encoder
     model_name_or_path: str | None = setting(None, "start from this checkpoint, which then decides the architecture")
@@ -173,7 +183,7 @@ class Recipe:
     center_crop: float = setting(
         0.875,
         "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper",
-        above=0,
+        at_least=0.1,
         at_most=1,
     )
     image_mean: list[float] | None = setting(
@@ -194,7 +204,7 @@ class Recipe:
         f"{SMALLEST_BATCH}",
         at_least=1,
     )
-    epochs: int = setting(800, "passes over the images", at_least=1)
+    epochs: int = setting(800, "passes over the images", at_least=1, at_most=10**6)
     warmup_epochs: float | None = setting(
         None,
         "epochs in which the learning rate grows from 0; if not given: the paper's share of all epochs, 5 %, to probe "
@@ -548,7 +558,7 @@ class FinetuneRecipe(LabelledRecipe):
     label_smoothing: float = setting(0.1, "share of the target that is spread over all classes", at_least=0, below=1)
 
     paper_batch: ClassVar[int] = 1024
-    epochs: int = setting(100, "passes over the images", at_least=1)
+    epochs: int = setting(100, "passes over the images", at_least=1, at_most=10**6)
     base_lr: float = setting(5e-4, "learning rate for 256 images; the paper's Table 9 has 1e-3", at_least=0)
     min_lr: float = setting(1e-6, "learning rate at the end, before layer-wise decay", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW's beta 1", at_least=0, below=1)
@@ -621,7 +631,7 @@ class ProbeRecipe(LabelledRecipe):
 
     paper_batch: ClassVar[int] = 16384
     paper_warmup: ClassVar[tuple[int, int]] = (10, 90)
-    epochs: int = setting(90, "passes over the images", at_least=1)
+    epochs: int = setting(90, "passes over the images", at_least=1, at_most=10**6)
     base_lr: float = setting(
         0.1,
         "learning rate for 256 images; at the small batches of a small data set LARS wants 1 to 30: see base_lrs",

@@ -1,6 +1,7 @@
 """Recipes: the paper's defaults, YAML and command line on top, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -216,7 +217,7 @@ def test_parse__refuses_with_a_sentence() -> None:
         (["--seed", "-1"], "seed must be at least 0 and below 4,294,967,296, but is -1"),
         (["--num_workers", "-1"], "num_workers must be at least 0, but is -1"),
         (["--total_batch_size", "0"], "total_batch_size must be at least 1, but is 0"),
-        (["--center_crop", "1.5"], "center_crop must be above 0 and at most 1, but is 1.5"),
+        (["--center_crop", "1.5"], "center_crop must be at least 0.1 and at most 1, but is 1.5"),
         (["--mask_ratio", "1"], "mask_ratio must be above 0 and below 1, but is 1.0"),
         (["--adam_beta2", "1"], "adam_beta2 must be at least 0 and below 1, but is 1.0"),
         (["--mixed_precision", "bf15"], "mixed_precision cannot be 'bf15'. Did you mean 'bf16'?"),
@@ -229,17 +230,33 @@ def test_range__refused_with_the_name(words: list[str], sentence: str) -> None:
     assert sentence in str(refused.value)
 
 
+def resolved_recipe(recipe_class: type[Recipe], words: list[str]) -> Recipe:
+    recipe = parse_recipe(recipe_class, words)
+    return recipe.resolved(recipe.config(), "no")
+
+
+ANY_LENGTH = {"knn_k", "base_lrs"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e300", "1e-300", "-1", "1" + 31 * "0"])
 @pytest.mark.parametrize("recipe_class", [PretrainRecipe, FinetuneRecipe, ProbeRecipe])
-def test_range__of_every_number(recipe_class: type[Recipe]) -> None:
-    """No setting takes what is not a number, and none goes without a bound below."""
-    for one in fields(recipe_class):
-        if "float" in str(one.type):
-            words = [f"--{one.name}", *(["nan", "nan"] if one.name == "crop_scale" else ["nan"])]
-            with pytest.raises(ValueError, match=f"{one.name} must be a finite number"):
-                parse_recipe(recipe_class, words)
-        if "float" in str(one.type) or "int" in str(one.type):
-            with pytest.raises(ValueError, match=f"{one.name} must be (at least|above)"):
-                parse_recipe(recipe_class, [f"--{one.name}", "-1"])
+def test_range__of_every_number(recipe_class: type[Recipe], value: str) -> None:
+    """Whatever is added to a recipe: no setting takes what is no number, or what nothing can be computed with."""
+    names = [one.name for one in fields(recipe_class) if {"int", "float"} & set(re.findall(r"\w+", str(one.type)))]
+    assert {"epochs", "base_lr", "image_std"} <= set(names)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"^{name} must |--{name}: (invalid int value|expected .*one argument)"):
+            parse_recipe(recipe_class, [f"--{name}", value])
+
+
+@pytest.mark.parametrize("recipe_class", [PretrainRecipe, FinetuneRecipe, ProbeRecipe])
+def test_range__of_every_list(recipe_class: type[Recipe]) -> None:
+    enough = ["--eval_split", "test", "--model_name_or_path", "a/b"] if recipe_class is not PretrainRecipe else []
+    lists = {one.name for one in fields(recipe_class) if "list" in str(one.type)}
+    assert {"crop_scale", "image_size", "image_std"} <= lists
+    for name in lists - ANY_LENGTH:
+        with pytest.raises(ValueError, match=rf"^{name} (must be|has 4 values)"):
+            resolved_recipe(recipe_class, [*enough, f"--{name}", *["1"] * 4])
 
 
 def test_unset__by_none_on_the_command_line_and_null_in_a_file(tmp_path: Path) -> None:
@@ -345,11 +362,15 @@ def test_sizes__are_those_of_the_configuration() -> None:
     assert list(SIZE_NAMES) == list(SIZES)
 
 
-def test_home__is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    recipe = parse("--output_dir=~/run", "--dataset", "~/photos", "--model_name_or_path", "~/model")
-    assert (recipe.output_dir, recipe.dataset) == ("/home/somebody/run", "/home/somebody/photos")
-    assert recipe.model_name_or_path == "/home/somebody/model"
+def test_home__is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shell leaves it alone, after = and inside quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("epochs: 7\noutput_dir: ~/run\n")
+    words = ["--recipe=~/mine.yaml", "--dataset", "~/photos", "--model_name_or_path=~/model", "--eval_dataset=~/other"]
+    recipe = parse_recipe(FinetuneRecipe, words)
+    assert (recipe.epochs, recipe.output_dir) == (7, str(tmp_path / "run"))
+    assert (recipe.dataset, recipe.eval_dataset) == (str(tmp_path / "photos"), str(tmp_path / "other"))
+    assert recipe.model_name_or_path == str(tmp_path / "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
