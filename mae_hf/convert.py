@@ -9,14 +9,17 @@ To load a checkpoint of transformers nothing need be converted: `from_pretrained
 
 import argparse
 import math
+import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -30,7 +33,7 @@ from transformers import (
 )
 
 from .configuration_mae import SIZES, MAEConfig
-from .loading import TRANSFORMERS_KEYS
+from .loading import TRANSFORMERS_KEYS, not_finite
 from .modeling_mae import (
     MAEForImageClassification,
     MAEForPreTraining,
@@ -47,6 +50,8 @@ TARGETS = {
     "timm": "a .safetensors or .pth file for timm's VisionTransformer",
     "original": "a .pth or .safetensors file for the original MAE code",
 }
+
+FILES = ("timm", "original")
 
 # Parts of names: ours, those of the original and of timm. Query, key and value are one matrix there, in this order.
 ORIGINAL_KEYS = (
@@ -70,6 +75,13 @@ ORIGINAL_KEYS = (
     ("attention.o_proj.", "attn.proj."),
     ("layernorm_after.", "norm2."),
 )
+
+# The head of a linear probe of the original: a BatchNorm without weights of its own, then a linear layer.
+PROBE_HEAD = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
+PROBE_EPS = 1e-6
+
+# Keys of other ViTs, and what tokens they have that the models here have no place for.
+OTHER_TOKENS = {"dist_token": "a distillation token (DeiT)", "reg_token": "register tokens"}
 
 # Classes of transformers by the class here that has the same weights, and the other way round.
 TRANSFORMERS_CLASSES: dict[tuple[str, type], type[PreTrainedModel]] = {
@@ -107,9 +119,13 @@ def convert(source: str | Path, destination: str | Path, to: str = "mae", **fiel
             target has no place for the model.
         OSError: the source cannot be read, or the destination not written.
     """
+    _check_destination(destination, to)
+    written = Path(destination, "model.safetensors").resolve()  # in a folder; a file may be written over itself
+    if to not in FILES and written in (Path(source).resolve(), Path(source, "model.safetensors").resolve()):
+        raise ValueError(f"{source} would be written over while it is read: choose another destination.")
     model, report = load_checkpoint(source, **fields)
     report += save_checkpoint(model, destination, to)
-    if to in ("mae", "vit_mae", "vit"):
+    if to not in FILES:
         report.append(_write_image_processor(source, Path(destination), model.config))
     return report
 
@@ -176,21 +192,26 @@ def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedMod
             f"{path} has the keys of a model of transformers, whose numbers stand in the config.json beside it: give "
             f"the folder that holds both."
         )
+    _refuse_other_tokens(weights, path)
+    weights, folded = _fold_probe_head(weights, path)
     model_class, kind = _original_kind(weights)
+    _check_pooling(weights, path, fields.get("pooling"))
     config = infer_config(weights, path, **fields)
-    # Without memory for its weights: the tensors of the file become the weights.
+    # Without memory for its weights: the tensors of the file become the weights, and a head that it lacks has none.
     with torch.device("meta"):
         model = model_class(config)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    layout = _original_layout(model)
+    layout = {key: ours for key, ours in _original_layout(model).items() if not _is_new_head(key, weights)}
     theirs = {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in layout.items()}
     wrong = {key for key in theirs.keys() & weights.keys() if weights[key].shape != theirs[key]}
     _check_keys(path, weights.keys() - theirs.keys(), theirs.keys() - weights.keys(), wrong)
     state: Weights = {}
     for key, ours in layout.items():
         state.update(zip(ours, weights[key].chunk(len(ours)), strict=True))
-    model.load_state_dict(state, assign=True)
-    report = [f"Found in {path}: {kind}.", *found, _sizes(config), _assumptions(config, model, fields)]
+    model.load_state_dict(state, strict=False, assign=True)  # what is missing was refused above, but for a new head
+    report = [f"Found in {path}: {kind}.", *found, *folded, _sizes(config), _assumptions(config, model, fields)]
+    if model_class is MAEForImageClassification and "head.weight" not in weights:
+        report.append("No head in it: from_pretrained(..., num_labels=...) makes a new one, to be fine-tuned.")
     return model.eval(), report + _missing_decoder(model)
 
 
@@ -232,10 +253,14 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
         size = (side * patch[0], side * patch[1])
         inferred["image_size"] = size[0] if size[0] == size[1] else size
     elif "image_size" not in fields:
-        raise ValueError(
-            f"The pos_embed of {path} has {num_patches} rows beside the class token, which fill no square: pass "
-            f"image_size as (height, width)."
-        )
+        advice = f"The pos_embed of {path} has {num_patches} rows beside the class token, which fill no square: pass "
+        advice += "image_size as (height, width)."
+        if num_patches > 0 and math.isqrt(num_patches + 1) ** 2 == num_patches + 1:
+            advice += (
+                f" Or all {num_patches + 1} rows are of patches, and none is the class token's (timm's "
+                f"no_embed_class): then the models here have no place for them."
+            )
+        raise ValueError(advice)
     if "num_attention_heads" not in fields:
         if hidden_size % 64:
             raise ValueError(f"Shapes don't tell the heads of {path}, {hidden_size} wide: pass num_attention_heads.")
@@ -250,6 +275,7 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
                 inferred["decoder_num_attention_heads"] = named["decoder_num_attention_heads"]
     if "head.weight" in weights:
         inferred["num_labels"] = shape("head.weight", 2)[0]
+    if "head.weight" in weights or "fc_norm.weight" in weights:
         inferred["pooling"] = "mean" if "fc_norm.weight" in weights else "cls"
     return MAEConfig(**{**inferred, **fields})
 
@@ -257,10 +283,58 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
 def _original_kind(weights: Weights) -> tuple[type[MAEPreTrainedModel], str]:
     if "decoder_embed.weight" in weights:
         return MAEForPreTraining, "encoder and decoder of an original MAE"
+    norm = "mean pooling and fc_norm" if "fc_norm.weight" in weights else "class token and norm"
     if "head.weight" in weights:
-        norm = "mean pooling and fc_norm" if "fc_norm.weight" in weights else "class token and norm"
         return MAEForImageClassification, f"a classifier in the layout of the original MAE and timm, {norm}"
+    if "fc_norm.weight" in weights:
+        return MAEForImageClassification, f"a classifier without its head, {norm}"
     return MAEModel, "an encoder in the layout of the original MAE and timm"
+
+
+def _is_new_head(key: str, weights: Weights) -> bool:
+    return key.startswith("head.") and not any(name.startswith("head.") for name in weights)
+
+
+def _refuse_other_tokens(weights: Weights, path: Path) -> None:
+    for key, tokens in OTHER_TOKENS.items():
+        if key in weights:
+            raise ValueError(f"{path} is a ViT with {tokens}, {key}, which the models here have no place for.")
+    if "cls_token" not in weights and "patch_embed.proj.weight" in weights:
+        raise ValueError(f"{path} has no cls_token: it is a ViT without a class token, which the models here have.")
+
+
+def _fold_probe_head(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
+    """The head of a linear probe as one linear layer of the same numbers; other weights as they are.
+
+    W ((x - mean) / sqrt(var + eps)) + b is one linear layer of x, computed in float64 and rounded once.
+    """
+    if not all(key in weights for key in PROBE_HEAD):
+        return weights, []
+    mean, variance, weight, bias = (weights[key].double() for key in PROBE_HEAD)
+    if weight.ndim != 2 or not mean.shape == variance.shape == weight.shape[1:] or bias.shape != weight.shape[:1]:
+        raise ValueError(f"{path} has a head.0 and a head.1 that do not fit one another: {', '.join(PROBE_HEAD)}.")
+    scaled = weight / (variance + PROBE_EPS).sqrt()
+    dtype = weights["head.1.weight"].dtype
+    head = {"head.weight": scaled.to(dtype), "head.bias": (bias - scaled @ mean).to(dtype)}
+    if not_finite(head):
+        raise ValueError(f"{path} has a head.0.running_var that is negative, or too large a head.1.")
+    rest = {key: tensor for key, tensor in weights.items() if key not in (*PROBE_HEAD, "head.0.num_batches_tracked")}
+    return {**rest, **head}, [
+        f"Folded into one linear layer: head.0, taken for the BatchNorm with eps {PROBE_EPS} of a linear probe, and "
+        f"head.1."
+    ]
+
+
+def _check_pooling(weights: Weights, path: Path, pooling: str | None) -> None:
+    """Refuse a pooling that a classifier with these weights cannot have here."""
+    if "fc_norm.weight" in weights and pooling == "cls":
+        raise ValueError(f"{path} has an fc_norm, which normalises the mean of the patches: its pooling is 'mean'.")
+    if "head.weight" in weights and "fc_norm.weight" not in weights and pooling == "mean":
+        raise ValueError(
+            f"{path} has no fc_norm. Its norm is for every token, before their mean is taken (timm's global_pool='avg' "
+            f"with fc_norm=False); MAEForImageClassification takes the mean first and normalises that, and no weights "
+            f"make the two the same. Without its head the file is an encoder, which can have pooling 'mean'."
+        )
 
 
 def _depth(weights: Weights, blocks: str) -> int:
@@ -297,6 +371,8 @@ def _sizes(config: MAEConfig) -> str:
 
 def _assumptions(config: MAEConfig, model: MAEPreTrainedModel, fields: dict[str, Any]) -> str:
     names = ["num_attention_heads", "layer_norm_eps", "hidden_act"]
+    if config.pooling == "cls" and isinstance(model, MAEForImageClassification):
+        names.append("pooling")  # ViTs of timm that take the mean of normalised tokens have the same keys
     if isinstance(model, MAEForPreTraining):
         # Nor do the files say that the ones made for visualisation have the pixels themselves as target.
         names += ["decoder_num_attention_heads", "norm_pix_loss", "mask_ratio"]
@@ -324,11 +400,12 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
 
     Raises:
         ValueError: the other side has no place for this model, or the destination has the wrong form.
+        OSError: the destination cannot be written.
     """
-    if to not in TARGETS:
-        raise ValueError(f"There is no target {to!r}. Known: {', '.join(TARGETS)}.")
+    _check_destination(destination, to)
     if to == "mae":
-        model.save_pretrained(destination)
+        with _writing(Path(destination)):
+            model.save_pretrained(destination, state_dict=_with_values(model))
         return [f"Written: {type(model).__name__} in {destination}, {TARGETS[to]}."]
     has_decoder = to in ("vit_mae", "original") and isinstance(model, MAEForPreTraining)
     if has_decoder and (model.config.decoder_type == "cross" or model.config.mask_tokens_in_encoder):
@@ -340,6 +417,35 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
     if to in ("vit_mae", "vit"):
         return _save_transformers(model, Path(destination), to)
     return _save_original(model, Path(destination), to)
+
+
+def _check_destination(destination: str | Path, to: str) -> None:
+    """Refuse an unknown target, and a destination that cannot be its folder or file, before anything long is done."""
+    if to not in TARGETS:
+        raise ValueError(f"There is no target {to!r}. Known: {', '.join(TARGETS)}.")
+    path, is_file = Path(destination), to in FILES
+    if is_file and path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{path} should be {TARGETS[to]}.")
+    if is_file and path.is_dir():
+        raise ValueError(f"{path} is a folder, and should be {TARGETS[to]}.")
+    for folder in path.parents if is_file else (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file where a folder is needed: {path} should be {TARGETS[to]}.")
+
+
+def _with_values(model: MAEPreTrainedModel) -> Weights:
+    """The weights, without a head that the source did not have."""
+    weights = model.state_dict()
+    return {key: tensor for key, tensor in weights.items() if not (tensor.is_meta and key.startswith("classifier."))}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name what cannot be written, which the libraries do not, each in an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _save_transformers(model: MAEPreTrainedModel, destination: Path, to: str) -> list[str]:
@@ -369,9 +475,10 @@ def _save_transformers(model: MAEPreTrainedModel, destination: Path, to: str) ->
         problem_type=config.problem_type,
         architectures=[their_class.__name__],
     )
-    destination.mkdir(parents=True, exist_ok=True)
-    their_config.save_pretrained(destination)
-    save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
+    with _writing(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+        their_config.save_pretrained(destination)
+        save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
     return [*report, f"Written: {their_class.__name__} in {destination}, {TARGETS[to]}."]
 
 
@@ -384,8 +491,6 @@ def _published_key(key: str) -> str:
 
 def _save_original(model: MAEPreTrainedModel, destination: Path, to: str) -> list[str]:
     config = model.config
-    if destination.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{destination} should be {TARGETS[to]}.")
     if config.hidden_act != "gelu":
         raise ValueError(f"hidden_act is {config.hidden_act!r}, and the blocks of timm and the original have 'gelu'.")
     if to == "original":
@@ -399,20 +504,25 @@ def _save_original(model: MAEPreTrainedModel, destination: Path, to: str) -> lis
         report.append("Left out: the decoder.")
     if config.layer_norm_eps != 1e-6:
         report.append(f"layer_norm_eps is {config.layer_norm_eps} here and 1e-6 there: outputs differ a little.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    if destination.suffix == ".pth":
-        torch.save({"model": state}, destination)
-    else:
-        save_file(state, destination, metadata={"format": "pt"})
+    with _writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it first: the destination may be the source, which is mapped.
+        aside = destination.with_name(f".partial.{destination.name}")
+        if destination.suffix == ".pth":
+            torch.save({"model": state}, aside)
+        else:
+            save_file(state, aside, metadata={"format": "pt"})
+        os.replace(aside, destination)
     return [*report, f"Written: {destination}, {TARGETS[to]}."]
 
 
 def original_weights(model: MAEPreTrainedModel) -> Weights:
     """The weights of a model under the names of the original MAE and of timm, with query, key and value in one."""
-    ours = model.state_dict()
+    ours = _with_values(model)
     return {
         key: torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[parts[0]].contiguous()
         for key, parts in _original_layout(model).items()
+        if ours.keys() >= set(parts)
     }
 
 
@@ -461,6 +571,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", default="mae", choices=TARGETS, help="; ".join(map(": ".join, TARGETS.items())))
     parser.add_argument("--num_attention_heads", type=int, help="of the encoder; a file does not say")
     parser.add_argument("--decoder_num_attention_heads", type=int, help="of the decoder; a file does not say")
+    parser.add_argument(
+        "--pooling",
+        choices=["mean", "cls"],
+        help="of the patches, or the class token. A classifier has the one that its norm is for, mean with fc_norm and "
+        "cls without; an encoder may have either",
+    )
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="if it is not square")
     parser.add_argument(
         "--norm_pix_loss",

@@ -1,19 +1,24 @@
 """Files of weights as people have them: what is read of them, what is refused, and that a refusal writes nothing."""
 
+import argparse
 import os
 import struct
 import time
 import zipfile
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_convert import assert_same_weights
-from tiny import scramble, seeded, tiny_config
+from test_convert import TOLERANCE, RunsCode, assert_same_weights, import_timm, timm_vit
+from tiny import max_difference, random_images, scramble, seeded, tiny_config
+from torch import nn
 
-from mae_hf import MAEModel
-from mae_hf.convert import convert, load_checkpoint, original_weights
+from mae_hf import MAEForImageClassification, MAEModel
+from mae_hf.convert import convert, load_checkpoint, main, original_weights
 
 SUFFIXES = [".pth", ".bin", ".safetensors"]
 
@@ -57,6 +62,268 @@ def rezip(source: Path, destination: Path, compression: int) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What stands around the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "backbone.", "encoder.", "module._orig_mod.", "model.backbone."],
+)
+def test_a_prefix_that_all_keys_have_is_taken_off_and_said(tmp_path, prefix, suffix):
+    weights = tiny_weights()
+    path = write(tmp_path / f"vit{suffix}", {prefix + key: tensor for key, tensor in weights.items()})
+    model, report = load(path)
+    assert f"Taken off the front of every key: {prefix}" in report
+    assert_same_weights(original_weights(model), weights)
+
+
+def test_a_prefix_that_some_keys_have_is_left(tmp_path):
+    weights = {f"backbone.{key}": tensor for key, tensor in tiny_weights().items()}
+    path = write(tmp_path / "vit.pth", {**weights, "neck.weight": torch.zeros(8)})
+    assert_refused(path, r"has no patch_embed.*first keys are backbone\.")
+
+
+@pytest.mark.parametrize(
+    ("where", "nest"),
+    [
+        ("model_ema", lambda weights: {"model_ema": weights}),
+        ("model_ema/state_dict", lambda weights: {"model_ema": {"state_dict": weights, "decay": 0.999}}),
+        ("state_dict_ema", lambda weights: {"state_dict_ema": weights, "epoch": 3}),
+        ("model_ema", lambda weights: {"model_ema": {f"module.{key}": tensor for key, tensor in weights.items()}}),
+        ("model, and not model_ema.", lambda weights: {"model": weights, "model_ema": {"cls_token": torch.ones(1)}}),
+        ("module", lambda weights: {"module": weights, "lr_scheduler": {}}),
+    ],
+)
+def test_weights_are_found_where_others_put_them(tmp_path, where, nest):
+    weights = tiny_weights()
+    model, report = load(write(tmp_path / "vit.pth", nest(weights)))
+    assert f"Taken from it: {where}" in report
+    assert_same_weights(original_weights(model), weights)
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path):
+    endless: dict = {}
+    endless["model"] = endless
+    assert_refused(write(tmp_path / "vit.pth", endless), "holds no state dict")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(Path("runs/mae"), id="path"),
+        pytest.param(PureWindowsPath("C:/runs"), id="windows path"),
+        pytest.param(np.float64(1e-3), id="numpy float"),
+        pytest.param(np.int64(3), id="numpy int"),
+        pytest.param(np.str_("vit"), id="numpy str"),
+        pytest.param(np.arange(3.0), id="numpy array"),
+        pytest.param(defaultdict(list, {"loss": [1.0, 2.0]}), id="defaultdict"),
+        pytest.param(defaultdict(dict, {0: {"exp_avg": torch.zeros(2)}}), id="defaultdict of dicts"),
+        pytest.param(SimpleNamespace(lr=1e-3), id="SimpleNamespace"),
+    ],
+)
+def test_plain_values_beside_the_weights_do_no_harm(tmp_path, value, suffix):
+    weights = tiny_weights()
+    beside = {"args": argparse.Namespace(output_dir=value, lr=1e-3), "best": value, "list": [value]}
+    path = write(tmp_path / f"vit{suffix}", {**beside, "model": weights})
+    assert_same_weights(original_weights(load(path)[0]), weights)
+
+
+class HasFactory(RunsCode):
+    """Its pickle makes a defaultdict whose factory is os.mkdir."""
+
+    def __reduce__(self):
+        return defaultdict, (os.mkdir,)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        pytest.param(lambda code: argparse.Namespace(lr=code), id="in a Namespace"),
+        pytest.param(lambda code: np.array([code], dtype=object), id="in an array"),
+        pytest.param(lambda code: defaultdict(list, {0: code}), id="in a defaultdict"),
+        pytest.param(lambda code: HasFactory(code.witness), id="as a factory"),
+    ],
+)
+def test_code_among_plain_values_is_refused_and_does_not_run(tmp_path, hide, suffix):
+    code = hide(RunsCode(tmp_path / "ran"))
+    assert_refused(
+        write(tmp_path / f"vit{suffix}", {"args": code, "model": tiny_weights()}),
+        r"is a pickle that wants \w+\.mkdir: such a file can run any code",
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads and poolings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probed_vit(**arguments):
+    """A frozen ViT of timm under the head that the original's linear probe has, its statistics those of some data."""
+    theirs = timm_vit(num_classes=5, **arguments)
+    theirs.head = nn.Sequential(nn.BatchNorm1d(32, affine=False, eps=1e-6), scramble(nn.Linear(32, 5)))
+    theirs.head.train()(3 * torch.randn(64, 32) + torch.randn(32))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("global_pool", "pooling"), [("token", "cls"), ("avg", "mean")])
+@torch.no_grad()
+def test_the_head_of_a_linear_probe_is_folded_exactly(tmp_path, global_pool, pooling):
+    theirs = probed_vit(global_pool=global_pool)
+    theirs.head[0].running_var[0] = 1e-6  # as large as eps, which a forgotten eps would change
+    path = write(tmp_path / "probe.pth", {"model": theirs.state_dict()})
+    report = "\n".join(convert(path, tmp_path / "out", num_attention_heads=2))
+    assert "Folded into one linear layer: head.0, taken for the BatchNorm with eps 1e-06" in report
+    model = MAEForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.pooling == pooling
+    images = random_images(model.config)
+    assert max_difference(model(images).logits, theirs(images)) < 1e-4
+    features = torch.randn(100, 32, dtype=torch.float64)
+    expected = theirs.head.double()(features)
+    rounded = 1e-6 * expected.abs().max().item()  # of float32, once; the classifier holds no more
+    assert max_difference(model.classifier.double()(features), expected) < rounded
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "sentence"),
+    [
+        ("head.0.running_var", torch.full((32,), -1.0), "a head.0.running_var that is negative"),
+        ("head.0.running_mean", torch.zeros(31), "a head.0 and a head.1 that do not fit one another"),
+        ("head.1.bias", torch.zeros(1), "a head.0 and a head.1 that do not fit one another"),
+        ("head.0.weight", torch.ones(32), "no place in the model: head.0.weight"),
+    ],
+)
+def test_other_heads_are_not_folded(tmp_path, key, tensor, sentence):
+    weights = {**probed_vit().state_dict(), key: tensor}
+    assert_refused(write(tmp_path / "probe.pth", weights), sentence)
+
+
+@torch.no_grad()
+def test_a_classifier_without_its_head_gets_a_new_one_when_it_is_loaded(tmp_path):
+    theirs = timm_vit(num_classes=0, global_pool="avg")
+    report = convert(write(tmp_path / "vit.pth", theirs.state_dict()), tmp_path / "ours", num_attention_heads=2)
+    assert "a classifier without its head" in report[0]
+    assert any(sentence.startswith("No head in it") for sentence in report)
+    model, loaded = MAEForImageClassification.from_pretrained(tmp_path / "ours", num_labels=7, output_loading_info=True)
+    assert loaded["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    images = random_images(model.config)
+    assert max_difference(model.fc_norm(model.vit(images).pooler_output), theirs(images)) < TOLERANCE
+    assert model(images).logits.shape == (2, 7)
+    convert(tmp_path / "vit.pth", tmp_path / "back.pth", to="timm", num_attention_heads=2)
+    assert_same_weights(torch.load(tmp_path / "back.pth")["model"], theirs.state_dict())
+
+
+@torch.no_grad()
+def test_pooling_is_assumed_said_and_can_be_set(tmp_path):
+    theirs = timm_vit(num_classes=5, global_pool="avg", fc_norm=False)
+    path = write(tmp_path / "vit.pth", theirs.state_dict())
+    assert "hidden_act=gelu, pooling=cls" in "\n".join(load(path)[1])
+    assert "pooling=" not in "\n".join(load(path, pooling="cls")[1])
+    assert_refused(path, "has no fc_norm. Its norm is for every token, before their mean is taken", pooling="mean")
+    with pytest.raises(SystemExit, match=r"convert: .* has no fc_norm"):
+        main([str(path), str(tmp_path / "out"), "--num_attention_heads", "2", "--pooling", "mean"])
+    with_norm = timm_vit(num_classes=5, global_pool="avg")
+    path = write(tmp_path / "mean.pth", with_norm.state_dict())
+    assert load(path, pooling="mean")[0].config.pooling == "mean"
+    assert_refused(path, "has an fc_norm, which normalises the mean of the patches", pooling="cls")
+
+
+@pytest.mark.parametrize(("global_pool", "pooling"), [("token", "cls"), ("avg", "mean")])
+@torch.no_grad()
+def test_an_encoder_has_either_pooling(tmp_path, global_pool, pooling):
+    theirs = timm_vit(num_classes=0, global_pool=global_pool, fc_norm=False)
+    path = write(tmp_path / "vit.pth", theirs.state_dict())
+    main([str(path), str(tmp_path / "out"), "--num_attention_heads", "2", "--pooling", pooling])
+    model = MAEModel.from_pretrained(tmp_path / "out")
+    images = random_images(model.config)
+    assert max_difference(model(images).pooler_output, theirs(images)) < TOLERANCE
+
+
+def distilled_vit() -> nn.Module:
+    import_timm()
+    from timm.models.deit import VisionTransformerDistilled
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    return VisionTransformerDistilled(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (distilled_vit, r"a ViT with a distillation token \(DeiT\), dist_token, which .* no place"),
+        (lambda: timm_vit(reg_tokens=2), r"a ViT with register tokens, reg_token, which .* no place"),
+        (lambda: timm_vit(no_embed_class=True), r"Or all 16 rows are of patches, and none is the class token's"),
+        (
+            lambda: timm_vit(class_token=False, global_pool="avg"),
+            "has no cls_token: it is a ViT without a class token",
+        ),
+    ],
+)
+def test_vits_with_other_tokens_say_what_they_are(tmp_path, make, sentence):
+    assert_refused(write(tmp_path / "vit.pth", make().state_dict()), sentence)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "sentence"),
+    [
+        ("mae", "file", "file is a file where a folder is needed"),
+        ("vit", "file", "file is a file where a folder is needed"),
+        ("mae", "file/inside", "file is a file where a folder is needed"),
+        ("timm", "file/inside.pth", "file is a file where a folder is needed"),
+        ("timm", "folder.pth", r"folder\.pth is a folder, and should be a \.safetensors or \.pth file"),
+        ("original", "out.txt", r"out\.txt should be a \.pth or \.safetensors file"),
+    ],
+)
+def test_a_destination_of_the_wrong_kind_is_refused_before_the_source_is_read(tmp_path, to, name, sentence):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(ValueError, match=sentence):
+        convert(tmp_path / "a source that is not there", tmp_path / name, to=to)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_is_written_over_itself_whole(tmp_path, suffix):
+    weights = tiny_weights()
+    path = write(tmp_path / f"vit{suffix}", weights)
+    convert(path, path, to="timm", num_attention_heads=2)
+    assert_same_weights(original_weights(load(path)[0]), weights)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("to", ["mae", "vit"])
+def test_a_folder_is_not_written_over_its_source(tmp_path, to):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="would be written over while it is read"):
+        convert(tmp_path / "ours", tmp_path / "ours" / ".." / "ours", to=to)
+    path = write(tmp_path / "model.safetensors", tiny_weights())
+    with pytest.raises(ValueError, match="would be written over while it is read"):
+        convert(path, tmp_path, to=to, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(("to", "suffix"), [("mae", ""), ("timm", ".pth"), ("timm", ".safetensors")])
+def test_what_cannot_be_written_or_read_is_a_sentence_on_the_command_line(tmp_path, to, suffix):
+    path = write(tmp_path / "vit.pth", tiny_weights())
+    out = tmp_path / ("long" * 100 + suffix)  # longer than a name may be
+    with pytest.raises(SystemExit, match=r"convert: .*longlong"):
+        main([str(path), str(out), "--to", to, "--num_attention_heads", "2"])
+    tiny_model().save_pretrained(tmp_path / "ours")
+    weights = tmp_path / "ours" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(SystemExit, match=rf"convert: .*{weights}"):
+        main([str(tmp_path / "ours"), str(tmp_path / f"out{suffix}"), "--to", to])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tensors and damage
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -80,7 +347,7 @@ ODD_TENSORS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*is deprecated", "ignore:Validating sparse")
 @pytest.mark.parametrize(("kind", "suffix"), [*((k, ".pth") for k in ODD_TENSORS), ("int8", ".safetensors")])
 def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, kind, suffix):
     weights = tiny_weights()
