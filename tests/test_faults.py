@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import psutil
@@ -17,12 +18,14 @@ import run_finetune
 import run_linear_probe
 import run_pretrain
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hub import WRITE_TOKEN, Hub
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import free_port, losses, metrics, skipped
 
+from mae_hf import MAEForImageClassification, MAEForPreTraining
 from mae_hf.training.checkpoints import finish_writing
 from mae_hf.training.faults import STOPPED, check_launcher
 
@@ -485,6 +488,51 @@ def test_loss_not_finite__may_be_left_out_up_to_a_limit(
     poison(monkeypatch, {5, 11})
     with pytest.raises(FloatingPointError, match=r"in 2 steps, the last one step 6; max_skipped_steps allows 1"):
         pretrain(photos, tmp_path / "again", *words, "--max_skipped_steps", "1")
+
+
+class HalfPrecision(Accelerator):
+    """float16 with a scale of the gradients, which Accelerate has on a GPU only."""
+
+    def __init__(self, mixed_precision: str, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.state._mixed_precision, self.native_amp = mixed_precision, True
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**30, growth_interval=2)
+
+
+@pytest.mark.parametrize(
+    ("script", "model", "words"),
+    [
+        (run_pretrain, MAEForPreTraining, SMALL),
+        (run_finetune, MAEForImageClassification, [*SMALL_ENCODER, "--eval_fraction", "0.25", "--eval_every", "9"]),
+    ],
+)
+def test_float16__goes_on_after_steps_that_were_left_out(
+    script: ModuleType, model: type, words: list[str], pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients overflow until their scale is small enough, which the scaler sees; two losses later are infinite."""
+    scales, forward = [], model.forward
+
+    class Watched(HalfPrecision):
+        def backward(self, loss: torch.Tensor) -> None:
+            scales.append(self.scaler.get_scale())
+            super().backward(loss)
+
+    def poisoned(self: torch.nn.Module, *arguments: object, **named: object) -> object:
+        output = forward(self, *arguments, **named)
+        if self.training and len(scales) in (20, 22):
+            output.loss = output.loss * torch.inf
+        return output
+
+    monkeypatch.setattr(script, "Accelerator", Watched)
+    monkeypatch.setattr(model, "forward", poisoned)
+    words = [*words, "--epochs", "7", "--mixed_precision", "fp16", "--log_every", "1", "--max_grad_norm", "1"]
+    run = tmp_path / "run"
+    script.main(["--dataset", str(pets), *words, "--max_skipped_steps", "2", "--output_dir", str(run)])
+    assert scales[0] == 2 * scales[1] == 4 * scales[2]
+    assert max(scales[20:]) < 2.0**21 <= scales[0]
+    assert [record["step"] for record in skipped(run)] == [21, 23]
+    assert len(losses(metrics(run))) == len(scales) > 25
+    assert all(tensor.isfinite().all() for tensor in load_file(run / "model.safetensors").values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
