@@ -329,3 +329,14 @@ def test_refusal__is_one_sentence_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "run_pretrain.py: The images of" in done.stderr
     assert "there is no image file in" in done.stderr
+
+
+@pytest.mark.slow
+def test_refusal__is_the_last_word_under_a_quiet_launcher(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text("raise SystemExit(75)")
+    for words in ([SCRIPT, "--dataset", "./nowhere"], [str(tmp_path / "stopped.py")]):
+        done = launch("accelerate.commands.launch", "--quiet", *words)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        if words[0] == SCRIPT:
+            assert "dataset: there is no such file or folder as ./nowhere" in done.stderr.splitlines()[-1]
