@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder.start()
     hub = None
     if recipe.push_to_hub:
-        shared = shareable_recipe(recipe, source.name)
+        shared = shareable_recipe(recipe, source.name, judges.name)
         hub = HubPush(folder.path, recipe.hub_model_id, shared, recipe.hub_private_repo, recipe.hub_revision, say)
         if accelerator.is_main_process:
             hub.prepare()
@@ -406,7 +406,9 @@ def main(arguments: list[str] | None = None) -> None:
         save_model(path)
         if accelerator.is_main_process:
             report(metrics, path)
-            write_classifier_card(path, recipe, source.name, folder.history(), parameters, metrics, label_names)
+            write_classifier_card(
+                path, recipe, source.name, judges.name, folder.history(), parameters, metrics, label_names
+            )
     accelerator.end_training()
     if hub and accelerator.is_main_process:
         hub.finish(f"Fine-tuned for {total_steps} steps")

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hub import Hub
 from huggingface_hub import ModelCard
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
 from torch import Tensor
@@ -66,6 +67,20 @@ def test_run__leaves_a_classifier_with_its_metrics(pets: Path, checkpoint: Path,
     assert str(tmp_path) not in card.content
     assert str(pets) not in card.content
     assert (run / "confusion.png").exists()
+
+
+def test_evaluation_set__of_another_folder(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for path in pets.glob("*/*.png"):
+        other = tmp_path / "other" / path.parent.name / path.name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.invert(Image.open(path)).save(other)
+    words = ["--eval_fraction", "none", "--eval_dataset", str(tmp_path / "other"), "--epochs", "1"]
+    finetune(pets, checkpoint, tmp_path / "run", *words)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "On the evaluation set (a local folder of images), 24 images, each counted once" in card.text
+    (result, *_) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("local", "a local folder of images")
+    assert str(tmp_path) not in str(card)
 
 
 def test_run__learns_from_scratch_and_judges_itself_right(pets: Path, tmp_path: Path) -> None:

@@ -27,11 +27,18 @@ def hub_base_model(recipe: Recipe) -> str | None:
     return None if name is None or Path(name).expanduser().exists() else name
 
 
-def shareable_recipe(recipe: Recipe, source_name: str) -> str:
-    """The recipe as YAML for other people: without the paths of this machine, and without where it was pushed."""
+def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = None) -> str:
+    """The recipe as YAML for other people: without the paths of this machine, and without where it was pushed.
+
+    Args:
+        recipe: of the run.
+        source_name, eval_name: what the images and the evaluation set are called, `ImageSource.name`.
+    """
     hidden = ["output_dir", *(name for name in vars(recipe) if name == "push_to_hub" or name.startswith("hub_"))]
     if hub_dataset(recipe, source_name) is None:
-        hidden += [name for name in ("dataset", "eval_dataset") if hasattr(recipe, name)]
+        hidden.append("dataset")
+    if eval_name != getattr(recipe, "eval_dataset", None):
+        hidden.append("eval_dataset")
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
     return as_yaml(recipe, without=hidden)
@@ -115,6 +122,7 @@ def write_classifier_card(
     folder: Path | str,
     recipe: FinetuneRecipe,
     source_name: str,
+    eval_name: str,
     history: list[dict[str, Any]],
     num_parameters: int,
     metrics: ClassificationMetrics,
@@ -124,19 +132,23 @@ def write_classifier_card(
 
     Args:
         folder, recipe, source_name, history: see `write_pretraining_card`.
+        eval_name: what the evaluation set is called, `ImageSource.name`.
         num_parameters: of the whole model.
-        metrics: of the model in the folder, on the images that judge.
+        metrics: of the model in the folder, on the evaluation set.
         label_names: of the classes.
     """
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
     name = recipe.hub_model_id or Path(folder).resolve().name
-    judged_by = recipe.eval_split or f"{recipe.eval_fraction:.0%} of {recipe.split}, held out"
+    split = recipe.eval_split
+    if recipe.eval_fraction is not None:
+        split = f"{recipe.eval_fraction:.0%} of {recipe.split}, held out"
+    is_on_hub = eval_name == (recipe.eval_dataset or recipe.dataset)
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset or "local",
-            dataset_name=source_name,
-            dataset_split=judged_by,
+            dataset_type=eval_name if is_on_hub else "local",
+            dataset_name=eval_name,
+            dataset_split=split,
             metric_type=metric_type,
             metric_name=metric_name,
             metric_value=value,
@@ -172,11 +184,11 @@ def write_classifier_card(
         base_model=base_model,
         start="a masked autoencoder" if recipe.model_name_or_path else None,
         image_mode=image_mode,
-        recipe=shareable_recipe(recipe, source_name),
+        recipe=shareable_recipe(recipe, source_name, eval_name),
         epochs=_epochs(recipe, history),
         num_parameters=f"{num_parameters:,}",
         num_labels=len(label_names),
-        judged_by=judged_by,
+        evaluation_set=split if recipe.eval_dataset is None else ", ".join(filter(None, (eval_name, split))),
         count=f"{metrics.count:,}",
         metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
         says_top5=metrics.says_top5,

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from test_faults import SMALL, SMALL_ENCODER
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.model_card import loss_table, shareable_recipe, write_pretraining_card
-from mae_hf.training.recipe import PretrainRecipe
+from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 HISTORY = [{"step": 10 * i, "epoch": i / 4, "loss": 1 / i, "lr": 1e-4 * i} for i in range(1, 41)]
@@ -120,6 +121,11 @@ def test_recipe__paths_are_left_out_and_names_are_not() -> None:
     }
     hidden = yaml.safe_load(shareable_recipe(resolved(dataset="digits", model_name_or_path="/"), "the digits"))
     assert not {"dataset", "model_name_or_path"} & hidden.keys()
+    judged = FinetuneRecipe(dataset="user/images", eval_dataset="/home/somebody/*.tar")
+    shown = yaml.safe_load(shareable_recipe(judged, "user/images", "local files"))
+    assert (shown["dataset"], "eval_dataset" in shown) == ("user/images", False)
+    named = replace(judged, eval_dataset="user/other")
+    assert yaml.safe_load(shareable_recipe(named, "user/images", "user/other"))["eval_dataset"] == "user/other"
 
 
 @pytest.mark.parametrize(("records", "steps"), [(0, []), (1, [10]), (3, [10, 20, 30]), (40, range(40, 401, 40))])
