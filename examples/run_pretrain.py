@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     say = accelerator.print
 
     with main_process_first(accelerator):  # the others find what it has written to the cache
-        source = open_source(recipe.dataset, recipe.split, recipe.image_column, recipe.streaming)
+        source = open_source(
+            recipe.dataset, recipe.split, recipe.image_column, recipe.streaming, config=recipe.dataset_config
+        )
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     model = build_model(recipe)

@@ -50,7 +50,7 @@ def build_vit_mae(config: MAEConfig, repaired: bool) -> ViTMAEForPreTraining:
 def train(recipe: PretrainRecipe, repaired: bool) -> None:
     """run_pretrain.py's loop, without its checkpoints and pictures, around the other model."""
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    source = open_source(recipe.dataset, recipe.split, recipe.image_column)
+    source = open_source(recipe.dataset, recipe.split, recipe.image_column, config=recipe.dataset_config)
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     config = recipe.config()

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import run_finetune
 import run_pretrain
+from hub import Hub
+from huggingface_hub import HfApi
 from PIL import Image
+from test_run_pretrain import SMALL
 from training.test_data import encoded, pixels, which, write_folder, write_shards, write_table
 
 from mae_hf.training.labels import Classes
@@ -341,6 +344,31 @@ def test_path_that_is_not_there__is_said_at_once_and_the_hub_not_asked(
         assert done.returncode == 1
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
+def test_dataset_config__is_asked_for_and_heeded(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh_accelerate: None
+) -> None:
+    card = "---\nconfigs:\n- config_name: few\n  data_files: few.parquet\n"
+    card += "- config_name: many\n  data_files: many.parquet\n---\n"
+    api = HfApi()
+    api.create_repo("user/pictures", repo_type="dataset")
+    for name, count in (("few", 6), ("many", 8)):
+        write_table(count).to_parquet(str(tmp_path / f"{name}.parquet"))
+        api.upload_file(
+            path_or_fileobj=tmp_path / f"{name}.parquet",
+            path_in_repo=f"{name}.parquet",
+            repo_id="user/pictures",
+            repo_type="dataset",
+        )
+    file = io.BytesIO(card.encode())
+    api.upload_file(path_or_fileobj=file, path_in_repo="README.md", repo_id="user/pictures", repo_type="dataset")
+    words = ["--dataset", "user/pictures", *SMALL, "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="it has the configurations few, many: say which with --dataset_config"):
+        run_pretrain.main(words)
+    run_pretrain.main([*words, "--dataset_config", "many"])
+    assert "images    user/pictures, 8 images" in capsys.readouterr().out
 
 
 def test_dataset_of_a_typo__by_main(tmp_path: Path) -> None:
