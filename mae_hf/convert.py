@@ -124,10 +124,12 @@ def convert(source: str | Path, destination: str | Path, to: str = "mae", **fiel
     if to not in FILES and written in (Path(source).resolve(), Path(source, "model.safetensors").resolve()):
         raise ValueError(f"{source} would be written over while it is read: choose another destination.")
     model, report = load_checkpoint(source, **fields)
+    processor, about_processor = (None, []) if to in FILES else _image_processor(source, model.config)
     report += save_checkpoint(model, destination, to)
-    if to not in FILES:
-        report.append(_write_image_processor(source, Path(destination), model.config))
-    return report
+    if processor is not None:
+        with _writing(Path(destination)):
+            processor.save_pretrained(destination)
+    return report + about_processor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,15 +168,20 @@ def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrain
         found, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
         raise ValueError(f"{source} is no file, no folder with a config.json, no name on the Hub: {error}") from error
-    architecture = (found.get("architectures") or [None])[0]
-    if architecture not in OUR_CLASSES:
+    architectures = found.get("architectures")
+    known = [name for name in OUR_CLASSES if isinstance(architectures, list) and architectures[:1] == [name]]
+    if not known:
         raise ValueError(
-            f"The config.json of {source} says architectures [{architecture!r}], which is none of "
+            f"The config.json of {source} says architectures {architectures!r}, which is none of "
             f"{', '.join(OUR_CLASSES)}. Of a timm model, give the weight file itself."
         )
-    model, loaded = OUR_CLASSES[architecture].from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **fields
-    )
+    architecture = known[0]
+    try:
+        model, loaded = OUR_CLASSES[architecture].from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **fields
+        )
+    except ValueError as error:  # of a configuration, for instance, which does not know where it is from
+        raise ValueError(f"{source}: {error}") from error
     # ViTModel's pooler serves no task of its own: it is left out, and said to be.
     pooler = sorted(key for key in loaded["unexpected_keys"] if key.startswith("pooler."))
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
@@ -543,22 +550,32 @@ def _refuse_rectangles(config: MAEConfig, other: str) -> None:
             raise ValueError(f"{other} has square images and patches only, and this model has {shape[0]}x{shape[1]}.")
 
 
-def _write_image_processor(source: str | Path, destination: Path, config: MAEConfig) -> str:
-    """The source's image processor; for a file, the paper's: 256 -> centre crop 224, ImageNet's mean and deviation."""
+def _image_processor(source: str | Path, config: MAEConfig) -> tuple[Any, list[str]]:
+    """The source's image processor, or `None`, and what is to be said of it.
+
+    For a file it is the paper's: 256 -> centre crop 224, mean and deviation of ImageNet.
+    """
     if not Path(source).is_file():
         try:
-            AutoImageProcessor.from_pretrained(source).save_pretrained(destination)
-        except OSError:
-            return f"No image processor: there is none in {source}."
-        return f"Image processor: that of {source}."
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # the bytes of a damaged file can lead to any
+            if isinstance(error, OSError) and not Path(source, "preprocessor_config.json").exists():
+                return None, [f"No image processor: there is none in {source}."]
+            raise ValueError(
+                f"The image processor in {source} cannot be read ({type(error).__name__}: {error}): mend or remove its "
+                f"preprocessor_config.json."
+            ) from error
+        return processor, [f"Image processor: that of {source}."]
     if config.num_channels != 3:
-        return f"No image processor: a file of weights does not say how to normalise {config.num_channels} channels."
+        channels = f"{config.num_channels} channels"
+        return None, [f"No image processor: a file of weights does not say how to normalise {channels}."]
     # here and not above, because it brings datasets and torchvision with it
     from .training.augment import image_processor
     from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
 
-    image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD).save_pretrained(destination)
-    return "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
+    return image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD), [
+        "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -95,8 +95,7 @@ def read_weights(path: Path) -> tuple[Weights, list[str]]:
 
 
 def _read_pickle(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and can't be mapped
-    can_be_mapped = is_zip and not _is_compressed(path)
+    can_be_mapped = _can_be_mapped(path)
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
@@ -109,20 +108,25 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
 
 
-def _is_compressed(path: Path) -> bool:
-    """Whether a part of a zip archive is; torch would map its bytes as if they were the weights.
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a file is a zip archive, as since torch 1.6, whose bytes are those of the weights: not compressed.
 
     Raises:
-        ValueError: the archive is damaged, which torch does not check, or it is too long.
+        ValueError: the archive is too long, or damaged: torch itself looks at no checksum.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             pickle_size = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
             inflation = sum(part.file_size for part in parts) / path.stat().st_size
             is_too_long = len(parts) > MOST_TENSORS or pickle_size > LONGEST_PICKLE or inflation > LARGEST_INFLATION
             has_checksums = any(part.CRC for part in parts)  # torch writes zeros where it is told to write none
-            damaged = archive.testzip() if has_checksums and not is_too_long else None
+            # What is marked as a folder torch does not read, and takes the memory for it as it is.
+            damaged = [part.filename for part in parts if part.file_size and part.external_attr & 0x10]
+            if has_checksums and not is_too_long and (part := archive.testzip()):
+                damaged.append(part)
     except Exception as error:  # the bytes of a damaged file can lead to any
         raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
     if is_too_long:
@@ -131,8 +135,8 @@ def _is_compressed(path: Path) -> bool:
             f"{inflation:.1f} times its size when it is read."
         )
     if damaged:
-        raise ValueError(f"{path} is no intact checkpoint of torch: its part {damaged} does not have its checksum.")
-    return any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        raise ValueError(f"{path} is no intact checkpoint of torch: its part {damaged[0]} is not as it was written.")
+    return all(part.compress_type == zipfile.ZIP_STORED for part in parts)
 
 
 def _state_dict(path: Path, loaded: Any, report: list[str]) -> Weights:

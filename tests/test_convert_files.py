@@ -1,7 +1,10 @@
 """Files of weights as people have them: what is read of them, what is refused, and that a refusal writes nothing."""
 
 import argparse
+import json
 import os
+import random
+import shutil
 import struct
 import time
 import zipfile
@@ -16,6 +19,7 @@ from safetensors.torch import save_file
 from test_convert import TOLERANCE, RunsCode, assert_same_weights, import_timm, timm_vit
 from tiny import max_difference, random_images, scramble, seeded, tiny_config
 from torch import nn
+from transformers import ViTImageProcessor
 
 from mae_hf import MAEForImageClassification, MAEModel
 from mae_hf.convert import convert, load_checkpoint, main, original_weights
@@ -371,7 +375,7 @@ def test_a_changed_number_is_found_by_the_checksum(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(numbers) + len(numbers) // 2] ^= 1
     path.write_bytes(content)
-    assert_refused(path, rf"no intact checkpoint of torch: its part {part} does not have its checksum")
+    assert_refused(path, rf"no intact checkpoint of torch: its part {part} is not as it was written")
 
 
 def test_a_file_without_checksums_is_read(tmp_path):
@@ -384,6 +388,98 @@ def test_a_file_without_checksums_is_read(tmp_path):
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip()
     assert_same_weights(original_weights(load(path)[0]), weights)
+
+
+def flipped(intact: bytes, chance: random.Random) -> bytes:
+    """Bytes as a bad disk or a broken download leaves them: cut, or changed near the front, the end, or anywhere."""
+    damaged = bytearray(intact)
+    if chance.random() < 0.2:
+        return bytes(damaged[: chance.randrange(len(damaged))])
+    start, end = chance.choice([(0, 3000), (len(intact) - 2500, len(intact)), (0, len(intact))])
+    for _ in range(chance.randrange(1, 4)):
+        damaged[chance.randrange(max(start, 0), min(end, len(intact)))] = chance.randrange(256)
+    return bytes(damaged)
+
+
+def refusal(path: Path, intact: bytes, chance: random.Random, read) -> str:
+    """What is said of a file that has been damaged; nothing if it can be read."""
+    path.unlink()  # and not written over: the weights of the last one are mapped
+    path.write_bytes(flipped(intact, chance))
+    try:
+        read()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")  # of pickles and archives that are no longer quite what they were
+@pytest.mark.parametrize("kind", [".pth", ".bin", ".safetensors", "compressed.pth"])
+def test_damaged_files_are_refused_with_their_path(tmp_path, kind):
+    """Or are read: no checksum is over the numbers of a .bin or .safetensors. An archive is then read right."""
+    weights, chance = tiny_weights(), random.Random(0)
+    path = write(tmp_path / f"vit{kind}", weights)
+    if kind == "compressed.pth":
+        rezip(path, tmp_path / "rezipped", zipfile.ZIP_DEFLATED).replace(path)
+    intact = path.read_bytes()
+
+    def read() -> None:
+        found = original_weights(load(path)[0])
+        if path.suffix == ".pth":
+            assert_same_weights(found, weights)
+
+    refusals = [sentence for _ in range(200) if (sentence := refusal(path, intact, chance, read))]
+    assert all(str(path) in sentence for sentence in refusals)
+    assert len(refusals) > (150 if path.suffix == ".pth" else 80)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_damaged_files_of_a_folder_are_refused_with_its_path_and_write_nothing(tmp_path, name):
+    folder, out, chance = tmp_path / "ours", tmp_path / "out", random.Random(0)
+    tiny_model().save_pretrained(folder)
+    ViTImageProcessor().save_pretrained(folder)
+    intact = (folder / name).read_bytes()
+    for _ in range(25):
+        sentence = refusal(folder / name, intact, chance, lambda: convert(folder, out))
+        assert out.exists() == (not sentence)
+        assert str(folder) in sentence or not sentence
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_a_part_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """torch would leave the memory for it as it is."""
+    path = rezip(write(tmp_path / "vit.pth", tiny_weights()), tmp_path / "small.pth", zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"vit/data/3") - 46  # of the table of contents
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    assert_refused(path, "no intact checkpoint of torch: its part vit/data/3 is not as it was written")
+
+
+def test_an_archive_in_several_files_is_refused(tmp_path):
+    path = write(tmp_path / "vit.pth", tiny_weights())
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 2  # how many there are
+    path.write_bytes(content)
+    assert_refused(path, "no intact checkpoint of torch")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        *(
+            ("architectures", value, "says architectures .* which is none of")
+            for value in (1, "MAEModel", [[]], [{}], [None], {"MAEModel": 1}, [])
+        ),
+        ("mask_ratio", "high", "mask_ratio 'high'"),
+        ("num_hidden_layers", 10**12, "num_hidden_layers must be at most"),
+        ("dtype", [{}], "dtype must be a floating point dtype"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_with_its_folder(tmp_path, field, value, sentence):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert_refused(tmp_path / "ours", sentence)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
