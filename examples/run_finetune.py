@@ -83,7 +83,7 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
         if recipe.eval_only and not had_head:
             if "LABEL_0" not in of_head:
                 refuse_other_labels(of_head, label_names)
-            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be judged.")
+            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be evaluated.")
         has_other_head = of_head not in (label_names, [f"LABEL_{number}" for number in range(len(label_names))])
         is_new_head = not had_head or has_other_head
         if not is_new_head:
@@ -113,7 +113,7 @@ def under_numbers_of_checkpoint(recipe: FinetuneRecipe, judges: ImageSource) -> 
 
 
 def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
-    """A head that has learned other classes, or the same in another order, would be judged wrongly."""
+    """A head that has learned other classes, or the same in another order, would be evaluated wrongly."""
     order = "the same classes in another order" if sorted(of_model) == sorted(of_data) else "other classes"
     raise ValueError(
         f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
@@ -126,7 +126,7 @@ def refuse_other_features(name: str, new: list[str], eval_only: bool) -> None:
     if "fc_norm.weight" in new:
         raise ValueError(f"{name} classifies the class token, not the mean of the patches: give --pooling cls.")
     if eval_only and new:
-        raise ValueError(f"{name} would be judged with {', '.join(new)} anew: leave out what changes them.")
+        raise ValueError(f"{name} would be evaluated with {', '.join(new)} anew: leave out what changes them.")
 
 
 def sentence(metrics: ClassificationMetrics) -> str:
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     trained = sum(parameter.numel() for parameter in bare_model.parameters() if parameter.requires_grad)
     scales = [group["lr_scale"] for group in groups]
     say(f"images    {source.summary}")
-    say(f"judges    {judges.summary}")
+    say(f"eval set  {judges.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"model     {parameters:,} parameters, {trained:,} of them trained")

@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
     say(f"images    {source.summary}")
-    say(f"judges    {judges.summary}")
+    say(f"eval set  {judges.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
 
     def of_all(function: Callable[[Tensor], Tensor], images: ImageSource) -> tuple[Tensor, Tensor]:
-        """What the function says of the images as they are judged, without anything random; and their labels."""
+        """What the function says of the images as they are evaluated, without anything random; and their labels."""
         fixed = JudgingImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
             loading = (recipe.per_device_batch_size, recipe.num_workers, stop.heeded, recipe.max_skipped_images)
@@ -351,8 +351,8 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
     folder.close()
     for position, name in enumerate(names):
-        of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the choosing images, "
-        say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the judging images")
+        of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the images to choose by, "
+        say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the evaluation set")
     if selection is not None and base_lrs[chosen] in (min(base_lrs), max(base_lrs)):
         end, beyond = ("lowest", "lower") if base_lrs[chosen] == min(base_lrs) else ("highest", "higher")
         say(f"warning   base lr {names[chosen]} is the {end} of --base_lrs: a {beyond} one may be better still.")

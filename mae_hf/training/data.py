@@ -375,7 +375,7 @@ class LabelledImages(Samples):
 
 
 class JudgingImages(LabelledImages):
-    """Images that judge a model: one that cannot be read is left out of the count, rather than replaced."""
+    """Images of the evaluation set: one that cannot be read is left out of the count, rather than replaced."""
 
     def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Image.Image]:
         return {"label": None}, Image.new(PIL_MODES[self.num_channels], (8, 8))

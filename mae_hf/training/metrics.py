@@ -70,10 +70,10 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
     """Metrics of (M, K) logits and (M,) int64 labels.
 
     Raises:
-        ValueError: there is nothing to judge by.
+        ValueError: there is nothing to evaluate on.
     """
     if len(labels) == 0:
-        raise ValueError("There is no image to judge the classifier by.")
+        raise ValueError("There is no image to evaluate the classifier on.")
     num_labels = logits.shape[1]
     ranked = logits.topk(min(5, num_labels)).indices  # (M, 5), the best first
     hits = ranked == labels.unsqueeze(1)

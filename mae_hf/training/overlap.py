@@ -1,4 +1,4 @@
-"""Whether images that are to judge a model are among those that it trains on."""
+"""Whether images of the evaluation set are among those that a model trains on."""
 
 import os
 from pathlib import Path

@@ -463,7 +463,7 @@ class PretrainRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledRecipe(Recipe):
-    """What fine-tuning and probing share: labels, and the images that judge."""
+    """What fine-tuning and probing share: labels, and the evaluation set."""
 
     label_column: str | None = setting(None, "column that holds the label; found by itself if there is just one")
     num_labels: int | None = setting(None, "number of classes, where labels are bare numbers in a stream", at_least=1)
@@ -589,15 +589,15 @@ class FinetuneRecipe(LabelledRecipe):
     eval_every: float = setting(1.0, "epochs between two evaluations; there is always one at the end", above=0)
     eval_only: bool = setting(
         False,
-        "judge model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well, and "
-        "may lack some of the model's classes",
+        "evaluate model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well, "
+        "and may lack some of the model's classes",
     )
     output_dir: str = setting("runs/finetune", "the run folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_only and self.model_name_or_path is None:
-            raise ValueError("eval_only needs a model to judge: --model_name_or_path.")
+            raise ValueError("eval_only needs a model to evaluate: --model_name_or_path.")
 
     @property
     def only_evaluates(self) -> bool:
@@ -644,7 +644,7 @@ class ProbeRecipe(LabelledRecipe):
     )
     selection_fraction: float = setting(
         0.1,
-        "share of each class taken out of the training images to choose among base_lrs; the judging images don't",
+        "share of each class taken out of the training images to choose among base_lrs; the evaluation set doesn't",
         above=0,
         below=1,
     )

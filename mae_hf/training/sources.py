@@ -299,7 +299,7 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     """The images that a recipe trains on, and the evaluation set; with `eval_only` the evaluation set twice.
 
     Raises:
-        ValueError: see `open_source`, `hold_out` and `few_labels`; or those that judge have other classes.
+        ValueError: see `open_source`, `hold_out` and `few_labels`; or the evaluation set has other classes.
     """
 
     def labelled(dataset: str, split: str | None, whole: bool) -> ImageSource:

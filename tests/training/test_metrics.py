@@ -40,7 +40,7 @@ def test_classification_metrics__a_class_without_images() -> None:
     assert found.per_class[2] is None, "nothing is known"
     json.dumps(found.per_class, allow_nan=False)
     assert found.balanced_accuracy == 0.75
-    with pytest.raises(ValueError, match="no image to judge"):
+    with pytest.raises(ValueError, match="no image to evaluate"):
         classification_metrics(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 
 
