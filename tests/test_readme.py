@@ -1,13 +1,18 @@
 """The README tells the truth: its Python runs, its map has every file, its links lead somewhere."""
 
+import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from mae_hf.modeling_mae import MAEReconstruction
+from mae_hf.training import recipe
 from mae_hf.training.reconstruction import save_picture
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +32,8 @@ def test_map__has_every_file() -> None:
     for file in files:
         if file.name != "__init__.py":
             assert f"`{file.relative_to(ROOT)}`" in README, file
-    for recipe in ROOT.glob("examples/recipes/*.yaml"):
-        assert f"`{recipe.stem}`" in README, recipe
+    for path in ROOT.glob("examples/recipes/*.yaml"):
+        assert f"`{path.stem}`" in README, path
 
 
 def test_links__lead_to_files() -> None:
@@ -41,3 +46,33 @@ def test_first_picture__is_what_the_quickstart_draws(tmp_path: Path) -> None:
     grey = torch.zeros(8, 1, 24, 24)
     save_picture(MAEReconstruction(grey, grey, grey, grey, grey), tmp_path / "drawn.png")
     assert Image.open(ROOT / "model_cards" / "quickstart.png").size == Image.open(tmp_path / "drawn.png").size
+
+
+def commands() -> list[str]:
+    """Each command that starts a training script: in README's blocks, the scripts' heads and those of the recipes."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    scripts = [ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("examples/run_*.py")]
+    recipes = [path.read_text() for path in ROOT.glob("examples/recipes/*.yaml")]
+    text = re.sub(r"\\\n[# ]*", "", "\n".join([*blocks, *scripts, *recipes]))
+    lines = re.findall(
+        r"^(?:# Command)?.*?((?:accelerate launch|torchrun) .*examples/run_.*?\.py.*?)(?: #.*)?$", text, re.M
+    )
+    return sorted({line.strip() for line in lines})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command__is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher and its script take every option, and its recipe is there."""
+    monkeypatch.setattr(recipe, "is_absent_path", lambda name: False)  # runs/mine is an example
+    monkeypatch.chdir(ROOT)
+    launcher, *words = shlex.split(command.replace("RANK", "1"))
+    parser = launch_command_parser() if launcher == "accelerate" else get_args_parser()
+    chosen = parser.parse_args(words[1:] if launcher == "accelerate" else words)
+    assert Path(chosen.training_script).exists()
+    assert getattr(chosen, "config_file", None) is None or Path(chosen.config_file).exists()
+    recipe_class, default = {
+        "run_pretrain.py": (recipe.PretrainRecipe, "quickstart"),
+        "run_finetune.py": (recipe.FinetuneRecipe, "quickstart_finetune"),
+        "run_linear_probe.py": (recipe.ProbeRecipe, None),
+    }[Path(chosen.training_script).name]
+    assert recipe.read_recipe(recipe_class, chosen.training_script_args, default)
