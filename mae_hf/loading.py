@@ -73,6 +73,31 @@ def check_weights_file(path: str, weight_names: set[str]) -> None:
         raise ValueError(f"{path} has weights that are no floating point numbers: {first_few(wrong)}.")
 
 
+def check_shard_index(folder: str) -> None:
+    """Refuse a damaged index of weights in several files; transformers would fail without saying where.
+
+    Args:
+        folder: of a checkpoint. One whose weights are in one file has no index, or does not need it.
+
+    Raises:
+        OSError: the index is not {"metadata": {...}, "weight_map": {name: file beside it}}, or a file is not there.
+    """
+    path = os.path.join(folder, "model.safetensors.index.json")
+    if not os.path.isfile(path) or os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            index = json.load(file)
+        files, has_metadata = set(index["weight_map"].values()), isinstance(index["metadata"], dict)
+        lacking = sorted(f for f in files if os.path.basename(f) != f or not os.path.isfile(os.path.join(folder, f)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{path} is damaged, it cannot be read: {error}") from error
+    if not files or not has_metadata:
+        raise OSError(f"{path} is damaged: it has no weights, or no metadata.")
+    if lacking:
+        raise OSError(f"{path} names files that are not beside it: {first_few(lacking)}.")
+
+
 def unwrapped(key: str) -> str:
     """The name of a weight without what torch.compile and data parallelism have put into it."""
     for pattern, replacement in WRAPPER_KEYS.items():

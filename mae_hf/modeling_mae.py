@@ -32,6 +32,7 @@ from .loading import (
     WRAPPER_KEYS,
     check_loaded_keys,
     check_loaded_weights,
+    check_shard_index,
     check_weights_file,
     resize_checkpoint_tables,
 )
@@ -352,11 +353,13 @@ class MAEPreTrainedModel(PreTrainedModel):
         """
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(source, str | os.PathLike):
+            check_shard_index(os.path.join(source, kwargs.get("subfolder") or ""))
         renamed = {**WRAPPER_KEYS, **(key_mapping or {}), **TRANSFORMERS_KEYS}
         try:
             loaded: Any = super().from_pretrained(*args, key_mapping=renamed, output_loading_info=True, **kwargs)
         except SafetensorError as error:  # which says neither which file nor that it is damaged
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise OSError(f"The weights in {source} are damaged: {error}") from error
         model, loading_info = loaded
         # Loading replaces parameters by new ones that all require gradients.

@@ -144,6 +144,31 @@ def test_weights__header_longer_than_the_file(length: int, checkpoint: Path) -> 
         MAEModel.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ("", "is damaged, it cannot be read"),
+        ("[" * 100_000, "is damaged, it cannot be read"),
+        ("[]", "is damaged, it cannot be read"),
+        ({"weight_map": 1}, "is damaged, it cannot be read"),
+        ({"weight_map": {"a": None}}, "is damaged, it cannot be read"),
+        ({"weight_map": {}}, "is damaged: it has no weights"),
+        ({"metadata": True}, "is damaged: it has no weights, or no metadata"),
+        ({"weight_map": {"a": "nothing.safetensors"}}, r"names files that are not beside it: nothing\.safetensors"),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, r"not beside it: \.\./elsewhere\.safetensors"),
+        ({"weight_map": {"a": ""}}, "names files that are not beside it"),
+    ],
+)
+def test_weights__an_index_that_is_none(index: dict | str, sentence: str, checkpoint: Path, tmp_path: Path) -> None:
+    MAEModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    MAEModel.from_pretrained(tmp_path / "parts")
+    path = tmp_path / "parts" / "model.safetensors.index.json"
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    path.write_text(index if isinstance(index, str) else json.dumps({**json.loads(path.read_text()), **index}))
+    with pytest.raises(OSError, match=f"{path} {sentence}"):
+        MAEModel.from_pretrained(tmp_path / "parts")
+
+
 @pytest.mark.parametrize("header", ["", "{", "[]", "7", '{"a": 1}', '{"a": {"dtype": "F32"}}', "[" * 100_000])
 def test_weights__header_is_none(header: str, checkpoint: Path) -> None:
     write_weights(checkpoint, header, b"")
