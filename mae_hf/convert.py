@@ -76,6 +76,8 @@ ORIGINAL_KEYS = (
     ("layernorm_after.", "norm2."),
 )
 
+HEAD = {"classifier.weight", "classifier.bias"}
+
 # The head of a linear probe of the original: a BatchNorm without weights of its own, then a linear layer.
 PROBE_HEAD = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
 PROBE_EPS = 1e-6
@@ -185,11 +187,15 @@ def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrain
     # ViTModel's pooler serves no task of its own: it is left out, and said to be.
     pooler = sorted(key for key in loaded["unexpected_keys"] if key.startswith("pooler."))
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
-    _check_keys(source, loaded["unexpected_keys"] - set(pooler), loaded["missing_keys"], mismatched)
+    missing = loaded["missing_keys"]
+    if missing >= HEAD:  # as a whole
+        missing -= HEAD
+        model.classifier.to("meta")
+    _check_keys(source, loaded["unexpected_keys"] - set(pooler), missing, mismatched)
     report = [f"Found in {source}: {architecture}.", _sizes(model.config)]
     if pooler:
         report.append(f"Left out: {', '.join(pooler)}.")
-    return model, report + _missing_decoder(model)
+    return model, report + _missing_part(model)
 
 
 def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedModel, list[str]]:
@@ -217,9 +223,7 @@ def _load_original(path: Path, fields: dict[str, Any]) -> tuple[MAEPreTrainedMod
         state.update(zip(ours, weights[key].chunk(len(ours)), strict=True))
     model.load_state_dict(state, strict=False, assign=True)  # what is missing was refused above, but for a new head
     report = [f"Found in {path}: {kind}.", *found, *folded, _sizes(config), _assumptions(config, model, fields)]
-    if model_class is MAEForImageClassification and "head.weight" not in weights:
-        report.append("No head in it: from_pretrained(..., num_labels=...) makes a new one, to be fine-tuned.")
-    return model.eval(), report + _missing_decoder(model)
+    return model.eval(), report + _missing_part(model)
 
 
 def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
@@ -388,9 +392,11 @@ def _assumptions(config: MAEConfig, model: MAEPreTrainedModel, fields: dict[str,
     return f"Assumed, as a file of weights does not say: {', '.join(assumed)}{advice}."
 
 
-def _missing_decoder(model: MAEPreTrainedModel) -> list[str]:
+def _missing_part(model: MAEPreTrainedModel) -> list[str]:
     if isinstance(model, MAEModel):
         return ["No decoder in it: fit for features and fine-tuning; MAEForPreTraining.reconstruct will refuse."]
+    if isinstance(model, MAEForImageClassification) and model.classifier.weight.is_meta:
+        return ["No head in it: from_pretrained(..., num_labels=...) makes a new one, to be fine-tuned."]
     return []
 
 
@@ -443,7 +449,7 @@ def _check_destination(destination: str | Path, to: str) -> None:
 def _with_values(model: MAEPreTrainedModel) -> Weights:
     """The weights, without a head that the source did not have."""
     weights = model.state_dict()
-    return {key: tensor for key, tensor in weights.items() if not (tensor.is_meta and key.startswith("classifier."))}
+    return {key: tensor for key, tensor in weights.items() if not (tensor.is_meta and key in HEAD)}
 
 
 @contextmanager
@@ -468,7 +474,7 @@ def _save_transformers(model: MAEPreTrainedModel, destination: Path, to: str) ->
     if to == "vit_mae":
         _refuse_rectangles(config, "transformers' ViTMAE")
     # The published names, which every version of transformers reads.
-    state = {_published_key(key): tensor.contiguous() for key, tensor in model.state_dict().items()}
+    state = {_published_key(key): tensor.contiguous() for key, tensor in _with_values(model).items()}
     report = []
     if their_class is ViTModel and isinstance(model, MAEForPreTraining):
         state = {key.removeprefix("vit."): tensor for key, tensor in state.items() if key.startswith("vit.")}
