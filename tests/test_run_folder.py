@@ -76,6 +76,15 @@ def test_another_recipe__is_refused_and_nothing_is_touched(photos: Path, run: Pa
     assert contents(run) == before
 
 
+def test_how_it_runs__may_be_changed_on_the_way(photos: Path, run: Path, whole: Path) -> None:
+    words = ["--num_workers", "1", "--save_every", "2", "--keep_checkpoints", "4", "--picture_every", "3"]
+    words += ["--gradient_checkpointing", "true", "--max_skipped_images", "0.5", "--max_skipped_steps", "1"]
+    goes_on(photos, run, whole, *words, "--process_timeout", "60", "--license", "mit")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-00000010"
+    assert len(list((run / "checkpoints").iterdir())) == 4
+    assert "license: mit" in (run / "README.md").read_text()
+
+
 def test_overwrite__starts_over_and_keeps_what_is_not_the_run_s(photos: Path, run: Path, whole: Path) -> None:
     kept = {
         run / "notes.txt": "mine",

@@ -95,6 +95,11 @@ def test_quickstart__leaves_a_model_that_loads(tmp_path: Path) -> None:
         *("checkpoints/step-00000030/model.safetensors", "checkpoints/step-00000056/optimizer.bin"),
     } <= left
     assert Image.open(run / "reconstruction.png").size == (4 * (96 + 4) + 4, 16 + 8 * (96 + 4) + 4)  # under titles
+    on_the_way, at_the_end = (
+        np.asarray(Image.open(run / name))[:, : 2 * 100]
+        for name in ("pictures/step-00000040.png", "reconstruction.png")
+    )
+    assert np.array_equal(on_the_way, at_the_end), "other images, or other masks"
     assert [record["step"] for record in metrics(run)] == [20, 40, 56]
     card = (run / "README.md").read_text()
     assert "the handwritten digits of scikit-learn for 1 epochs: 75 %" in card

@@ -10,16 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import run_finetune
+import run_linear_probe
 import run_pretrain
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from fsdp_steps import steps
 from safetensors.torch import load_file
@@ -112,6 +116,49 @@ def test_accelerate_configs__parse_and_say_how_to_launch(path: Path) -> None:
     config = load_config_from_file(str(path))  # refuses keys that Accelerate does not know
     assert config.mixed_precision == "bf16"
     assert f"--config_file examples/accelerate/{path.name}" in path.read_text()
+
+
+FSDP, DEEPSPEED, MEGATRON = DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM
+ZERO_2, ZERO_3 = ({"deepspeed_plugin": SimpleNamespace(zero_stage=stage)} for stage in (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "told", "words", "sentence"),
+    [
+        (run_pretrain, MEGATRON, {}, [], "Megatron-LM cannot train this model"),
+        (run_pretrain, FSDP, {"is_fsdp2": False}, [], "FSDP1 hides the parameters.*set fsdp_version: 2"),
+        (run_finetune, FSDP, {"is_fsdp2": True}, ["--ema_decay", "0.9"], "leave --ema_decay out"),
+        (run_pretrain, DEEPSPEED, ZERO_3, [], "use zero_stage 2"),
+        (run_finetune, DEEPSPEED, ZERO_2, ["--max_skipped_steps", "1"], "leave --max_skipped_steps out"),
+        (run_pretrain, DEEPSPEED, {**ZERO_2, "mixed_precision": "fp16"}, [], "mixed_precision is bf16 or no, not fp16"),
+        (run_linear_probe, FSDP, {"is_fsdp2": True}, [], "A probe is too small to be divided"),
+        (run_linear_probe, DEEPSPEED, ZERO_2, [], "A probe is too small to be divided"),
+    ],
+)
+def test_launched_by_what_cannot_train__is_refused(
+    script: ModuleType,
+    kind: DistributedType,
+    told: dict,
+    words: list[str],
+    sentence: str,
+    pets: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Launched(Accelerator):
+        """What Accelerate would be on several GPUs, after such a configuration."""
+
+        def __init__(self, **arguments: object) -> None:
+            super().__init__(**arguments)
+            self.__class__ = type("Told", (Accelerator,), {"distributed_type": kind, **told})
+
+    monkeypatch.setattr(script, "Accelerator", Launched)
+    words = ["--dataset", str(pets), "--model_name_or_path", str(checkpoint), *words]
+    words += ["--output_dir", str(tmp_path / "run"), *([] if script is run_pretrain else ["--eval_fraction", "0.25"])]
+    with pytest.raises(ValueError, match=sentence):
+        script.main(words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_fsdp_config__wraps_the_blocks_of_both_models() -> None:
