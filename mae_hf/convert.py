@@ -382,12 +382,13 @@ def _sizes(config: MAEConfig) -> str:
 
 def _assumptions(config: MAEConfig, model: MAEPreTrainedModel, fields: dict[str, Any]) -> str:
     names = ["num_attention_heads", "layer_norm_eps", "hidden_act"]
-    if config.pooling == "cls" and isinstance(model, MAEForImageClassification):
-        names.append("pooling")  # ViTs of timm that take the mean of normalised tokens have the same keys
     if isinstance(model, MAEForPreTraining):
         # Nor do the files say that the ones made for visualisation have the pixels themselves as target.
         names += ["decoder_num_attention_heads", "norm_pix_loss", "mask_ratio"]
     assumed = [f"{name}={getattr(config, name)}" for name in names if name not in fields]
+    if config.pooling == "cls" and isinstance(model, MAEForImageClassification) and "pooling" not in fields:
+        # which has the same keys, and no place here
+        assumed.append("pooling=cls, and not the mean of normalised tokens (timm's global_pool='avg', fc_norm=False)")
     advice = " (the original's visualisation checkpoints need norm_pix_loss=False)" if "norm_pix_loss" in names else ""
     return f"Assumed, as a file of weights does not say: {', '.join(assumed)}{advice}."
 

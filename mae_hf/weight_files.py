@@ -42,7 +42,7 @@ def _dict_of_any_factory(*arguments: Any) -> dict[Any, Any]:
     return {}
 
 
-# The command line of a run, its paths, numbers and arrays of numpy. Of these names nothing but our own code is called.
+# The command line of a run, its paths, numbers and arrays of numpy: a pickle that names them gets these in their place.
 STAND_INS: dict[str, Any] = {
     **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), _Forgotten),
     **{
@@ -89,7 +89,7 @@ def read_weights(path: Path) -> tuple[Weights, list[str]]:
     shared = os.path.commonprefix(list(weights))  # noqa: RUF071  # of characters is meant: PREFIXES ends at a dot
     if (match := PREFIXES.match(shared)) and (prefix := match[0]):
         weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-        report.append(f"Taken off the front of every key: {prefix}")
+        report.append(f"Taken off the front of every key: {prefix!r}.")
     _check_tensors(path, weights)
     return weights, report
 
@@ -146,7 +146,8 @@ def _state_dict(path: Path, loaded: Any, report: list[str]) -> Weights:
         if not inside:
             break
         where.append(inside[0])
-        report.append(f"Taken from it: {'/'.join(where)}" + (f", and not {', '.join(inside[1:])}." * bool(inside[1:])))
+        others = f", and not from {', '.join(inside[1:])}" if len(inside) > 1 else ""
+        report.append(f"Taken from {'/'.join(where)}{others}.")
         loaded = loaded[inside[0]]
     pairs = loaded.items() if isinstance(loaded, dict) else ()
     if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):

@@ -79,7 +79,7 @@ def test_a_prefix_that_all_keys_have_is_taken_off_and_said(tmp_path, prefix, suf
     weights = tiny_weights()
     path = write(tmp_path / f"vit{suffix}", {prefix + key: tensor for key, tensor in weights.items()})
     model, report = load(path)
-    assert f"Taken off the front of every key: {prefix}" in report
+    assert f"Taken off the front of every key: '{prefix}'." in report
     assert_same_weights(original_weights(model), weights)
 
 
@@ -96,14 +96,17 @@ def test_a_prefix_that_some_keys_have_is_left(tmp_path):
         ("model_ema/state_dict", lambda weights: {"model_ema": {"state_dict": weights, "decay": 0.999}}),
         ("state_dict_ema", lambda weights: {"state_dict_ema": weights, "epoch": 3}),
         ("model_ema", lambda weights: {"model_ema": {f"module.{key}": tensor for key, tensor in weights.items()}}),
-        ("model, and not model_ema.", lambda weights: {"model": weights, "model_ema": {"cls_token": torch.ones(1)}}),
+        (
+            "model, and not from model_ema",
+            lambda weights: {"model": weights, "model_ema": {"cls_token": torch.ones(1)}},
+        ),
         ("module", lambda weights: {"module": weights, "lr_scheduler": {}}),
     ],
 )
 def test_weights_are_found_where_others_put_them(tmp_path, where, nest):
     weights = tiny_weights()
     model, report = load(write(tmp_path / "vit.pth", nest(weights)))
-    assert f"Taken from it: {where}" in report
+    assert f"Taken from {where}." in report
     assert_same_weights(original_weights(model), weights)
 
 
@@ -226,7 +229,8 @@ def test_a_classifier_without_its_head_gets_a_new_one_when_it_is_loaded(tmp_path
 def test_pooling_is_assumed_said_and_can_be_set(tmp_path):
     theirs = timm_vit(num_classes=5, global_pool="avg", fc_norm=False)
     path = write(tmp_path / "vit.pth", theirs.state_dict())
-    assert "hidden_act=gelu, pooling=cls" in "\n".join(load(path)[1])
+    assumed = next(sentence for sentence in load(path)[1] if sentence.startswith("Assumed"))
+    assert "pooling=cls, and not the mean of normalised tokens (timm's global_pool='avg', fc_norm=False)" in assumed
     assert "pooling=" not in "\n".join(load(path, pooling="cls")[1])
     assert_refused(path, "has no fc_norm. Its norm is for every token, before their mean is taken", pooling="mean")
     with pytest.raises(SystemExit, match=r"convert: .* has no fc_norm"):
