@@ -208,7 +208,9 @@ def test_interrupted__goes_on_with_other_rounds_of_accumulation(before: str, pho
             resumed = pretrain(photos, run, "--per_device_batch_size", after)
             assert np.abs(np.subtract(losses(undisturbed), losses(resumed))).max() < 1e-6
             found = load_file(run / "model.safetensors")
-            assert max((weights[name] - found[name]).abs().max() for name in weights) < 1e-4
+            # The bias of the keys has no gradient but rounding (softmax takes it out), which Adam scales up to a step.
+            moved = [name for name in weights if not name.endswith("k_proj.bias")]
+            assert max((weights[name] - found[name]).abs().max() for name in moved) < 1e-6
 
 
 def test_finished_run__started_again_takes_no_step(photos: str, tmp_path: Path) -> None:
