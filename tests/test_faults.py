@@ -305,9 +305,9 @@ def test_interrupted_twice__ends_at_once(photos: Path, tmp_path: Path) -> None:
 
 
 SLOW_SERVER = """
-import sys, time
+import os, sys, time
 if "multiprocessing.forkserver" in " ".join(sys.orig_argv):
-    print("server", flush=True)
+    os.write(1, b"server\\n")  # in one piece, where two of them write to one pipe
     time.sleep(600)
 """
 
@@ -339,7 +339,7 @@ def test_signal__while_workers_start_does_not_wait_for_them(
 @pytest.mark.slow
 def test_signal__before_the_first_step_is_a_sentence(photos: Path, tmp_path: Path) -> None:
     process = start_patched(
-        f"run_pretrain.open_source = lambda *arguments: os.kill(os.getpid(), {int(signal.SIGINT)})",
+        f"run_pretrain.open_source = lambda *_, **__: os.kill(os.getpid(), {int(signal.SIGINT)})",
         arguments(photos, tmp_path / "run"),
     )
     output = output_of(process)
