@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{recipe.effective_lr * min(scales):.3g} at the lowest trained layer"
     )
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
-    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+    for doubt in doubts(total_steps, schedule.steps_per_epoch, warmup_steps):
         say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 

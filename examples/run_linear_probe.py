@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     if selection is not None:
         say(f"choice    among them by {selection.length:,} further training images")
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
-    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+    for doubt in doubts(total_steps, schedule.steps_per_epoch, warmup_steps):
         say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     say(f"lr        base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}")
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
-    for doubt in doubts(total_steps, schedule.steps_per_epoch):
+    for doubt in doubts(total_steps, schedule.steps_per_epoch, warmup_steps):
         say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 
