@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import struct
 import zlib
@@ -27,6 +28,8 @@ FORMATS = (
 MOST_PIXELS = 100_000_000  # in an image; ten times that of a good camera, 300 MB decoded
 LONGEST_SIDES = 100  # the longer side over the shorter one; resizing the shorter one to 256 would fill the memory
 MOST_PIXELS_IN_A_BYTE = 400  # of a JPEG; a flat picture has a bit for each of the 6 blocks of its 16x16 pixels: 340
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # of a JPEG, but those among the pixels of a scan
 MOST_SCANS = 64  # of a JPEG, each of which goes over all of its pixels; encoders write 10, or 18 for four colours
 ROTATED = (5, 6, 7, 8)  # orientations of EXIF that swap width and height
 
@@ -103,6 +106,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of the files that are images, in small letters, without the dot."""
+    formats = {*_formats(), "MPO"}  # which the reader of JPEG opens
+    return frozenset(suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
 def _content(record: dict[str, Any]) -> bytes:
     if record["bytes"] is not None:
         return record["bytes"]
@@ -125,8 +135,20 @@ def _refuse_what_it_says(file: Image.Image, content: bytes) -> None:
     if file.format in ("JPEG", "MPO"):
         if shorter * longer > len(content) * MOST_PIXELS_IN_A_BYTE:  # libjpeg would fill in grey
             raise ValueError(f"it says that it has {file.width}x{file.height} pixels, in {len(content)} bytes.")
-        if (scans := content.count(b"\xff\xda")) > MOST_SCANS:
+        if content.count(SCAN) > MOST_SCANS and (scans := _scans(content)) > MOST_SCANS:
             raise ValueError(f"it is a JPEG of {scans} scans.")
+
+
+def _scans(jpeg: bytes) -> int:
+    """The scans of the image itself, without a thumbnail in one of its segments, or the film that a phone puts behind.
+
+    A segment is a marker, its length in two bytes, and its content; after that of a scan its pixels follow.
+    """
+    scans, position = 0, 2
+    while (marker := MARKER.search(jpeg, position)) and marker[0] != END:
+        scans += marker[0] == SCAN
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    return scans
 
 
 def _last_rows_are_black(image: Image.Image) -> bool:

@@ -28,7 +28,8 @@ def shared_images(train: datasets.Dataset, evaluation: datasets.Dataset) -> str:
         ValueError: the same path is in both, or more than a twentieth of the sample.
     """
     (train_paths, train_sizes), (paths, sizes) = _paths_and_sizes(train), _paths_and_sizes(evaluation)
-    are_files = pc.and_(pc.is_in(paths, value_set=train_paths), pc.is_null(sizes))
+    are_files = pc.and_(pc.is_valid(paths), pc.is_null(sizes))  # an image that is missing has neither
+    are_files = pc.and_(are_files, pc.is_in(paths, value_set=train_paths))
     if count := pc.sum(are_files).as_py():
         name = pc.filter(paths, are_files)[0].as_py()
         raise ValueError(f"{count:,} of the evaluation images are training images, too, for instance {name}.")
