@@ -199,6 +199,10 @@ def test_run_folder_among_the_images__is_refused(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"is inside the images of dataset, .*would become images to train on"):
         pretrain(photos, photos / "runs" / "mine", *SHORT)
     assert not (photos / "runs").exists()
+    parts = photos.parent / "parts"
+    for pattern in ("*", "{a,run}", "r??", "**"):
+        with pytest.raises(ValueError, match="is inside the images of dataset"):
+            pretrain(parts / pattern, parts / "run" / "mine", *SHORT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

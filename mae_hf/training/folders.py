@@ -1,8 +1,9 @@
 """Data sets on this disk: which files they have, which of them are images or tables, their splits and their classes.
 
 The rules, a sentence each:
-- Files with the suffix of a format that Pillow reads are images, at any depth, behind symbolic links, too; other files
-  are left out, and counted. Hidden files and folders, and folders called __SOMETHING, are not looked at.
+- Files with the suffix of a format that is read (see `decode.FORMATS`) are images, at any depth, behind symbolic links,
+  too; other files are left out, and counted. Hidden files and folders, and folders called __SOMETHING, are not looked
+  at.
 - A folder with images is a folder of images; one without is a folder of tables or of shards, whatever it has of them.
 - The class of an image is the outermost folder below the split, as for torchvision's ImageFolder.
 - Sub-folders are splits if they are called like splits (Training, name_val, test2017), and no other sub-folder has
@@ -15,7 +16,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from ..configuration_mae import nearest
+from .decode import image_suffixes
+from .recipe import without_braces
 from .shards import open_shards
 
 # The builders of `datasets` that read tables, by the ending of the file.
@@ -44,7 +45,8 @@ KINDS = {
 }
 WORD = rf"({'|'.join(sorted(KINDS, key=len, reverse=True))})"
 SPLIT_NAME = re.compile(rf"(?:.*[^a-z])?{WORD}[^a-z]*(?:(?:set|split|data|images?|imgs?)[^a-z]*)?")
-WORD_IN_A_NAME = re.compile(rf"(?:.*[^a-z])?{WORD}(?:[^a-z].*)?")
+NUMBERS = r"[^a-z]*(?:of[^a-z]*)?"  # -00000-of-00002
+TABLE_NAME = re.compile(rf"{WORD}(?:[^a-z].*)?|(?:.*[^a-z])?{WORD}{NUMBERS}")
 ROWS_OF_A_CHUNK = 1_000_000  # Arrow counts the bytes of strings with 32 bits
 SHARDS_OF_A_STREAM = 1024
 NAMED_FILES = 3
@@ -120,13 +122,6 @@ def _has_data(folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The endings of the files that are images, in small letters, without the dot."""
-    Image.init()
-    return frozenset(suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
 def _is_skipped_folder(name: str) -> bool:
     return name.startswith((".", "__"))
 
@@ -136,7 +131,7 @@ def _walk(
 ) -> Iterator[tuple[str, str | None, str | None]]:
     """Every file below a folder that is not hidden: (path, suffix, the outermost folder that it is in).
 
-    The suffix is in small letters, without the dot; None of what is no file, a pipe or a broken link for instance.
+    The suffix is in small letters, without the dot; None of what is no file: a pipe, a broken link, one to itself.
     A link to a folder that it lies in is not followed.
     """
     status = os.stat(folder)
@@ -147,9 +142,13 @@ def _walk(
             name = entry.name
             if name[0] == ".":
                 continue
-            if entry.is_file():
+            try:
+                is_file, is_folder = entry.is_file(), entry.is_dir()
+            except OSError:  # a link that leads to itself
+                is_file = is_folder = False
+            if is_file:
                 yield entry.path, name.rpartition(".")[2].lower(), top
-            elif not entry.is_dir():
+            elif not is_folder:
                 yield entry.path, None, top
             elif not _is_skipped_folder(name):
                 yield from _walk(entry.path, top or name, above | {here})
@@ -183,10 +182,12 @@ class Files:
         else:
             self.others.append(path)
 
-    def add_folder(self, folder: str) -> None:
-        """All files below a folder."""
-        for file in _walk(folder):
-            self.add(*file)
+    def add_folder(self, folder: str, name: str | None = None) -> None:
+        """All files below a folder; one of a name, and with images beside its folders, is a class of its own."""
+        below = list(_walk(folder))
+        is_class = any(top is None and suffix in image_suffixes() for _, suffix, top in below)
+        for path, suffix, top in below:
+            self.add(path, suffix, name if name and is_class else top)
 
 
 def _is_utf8(path: str) -> bool:
@@ -205,7 +206,8 @@ def is_pattern(dataset: str) -> bool:
 def files_of_pattern(pattern: str) -> tuple[Files, str]:
     """The files that match, and all below the folders that match, with *, ?, [0-9], **, {a,b} and {000..003}.
 
-    Also the part of the pattern before the first of these, below which the outermost folder is the class of a file.
+    Also the part of the pattern before the first of these, below which the outermost folder is the class of a file. Of
+    a folder that matches, and has images in class folders only, those are the classes.
 
     Raises:
         ValueError: nothing matches, or a name of a list in braces is not there.
@@ -213,7 +215,7 @@ def files_of_pattern(pattern: str) -> tuple[Files, str]:
     found = Files()
     root = re.split(r"[^/]*[*?\[{]", os.path.abspath(pattern), maxsplit=1)[0].rstrip("/")
     paths: dict[str, None] = {}
-    for name in _without_braces(os.path.abspath(pattern)):
+    for name in without_braces(os.path.abspath(pattern)):
         matches = sorted(glob(name, recursive=True))
         if not matches:
             raise ValueError(f"there is no {name}.")
@@ -221,33 +223,31 @@ def files_of_pattern(pattern: str) -> tuple[Files, str]:
     for path in paths:
         if os.path.isdir(path):
             if "**" not in pattern:  # which matches the files in it, too
-                found.add_folder(path)
+                found.add_folder(path, _outermost(path, root))
         else:
-            folders = os.path.dirname(path).removeprefix(root).strip("/")
             suffix = path.rpartition(".")[2].lower() if os.path.isfile(path) else None
-            found.add(path, suffix, folders.split("/")[0] or None)
+            found.add(path, suffix, _outermost(os.path.dirname(path), root))
     return found, root
 
 
-def _without_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, names = match.groups()
-    choices = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [
-        path
-        for choice in choices
-        for path in _without_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+def _outermost(folder: str, root: str) -> str | None:
+    return folder.removeprefix(root).strip("/").split("/")[0] or None
 
 
 def split_of_tables(tables: Sequence[str], root: str) -> dict[str, list[str]]:
-    """Tables by the kind of split that their names below a folder speak of; {} where none does."""
+    """Tables by the kind of split that their names below a folder speak of; {} where none does.
+
+    A folder that is called like a split counts before the name in it, which may begin or end with the word.
+    """
     by_kind: dict[str, list[str]] = {}
     for table in sorted(tables):
-        if match := WORD_IN_A_NAME.fullmatch(table.removeprefix(root).lower()):
-            by_kind.setdefault(KINDS[match[1]], []).append(table)
+        *folders, name = table.removeprefix(root).strip("/").split("/")
+        match = TABLE_NAME.fullmatch(name.partition(".")[0].lower())
+        kinds = [kind for folder in folders if (kind := split_kind(folder))]
+        if match:
+            kinds.append(KINDS[match[1] or match[2]])
+        if kinds:
+            by_kind.setdefault(kinds[0], []).append(table)
     return by_kind
 
 

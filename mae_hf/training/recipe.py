@@ -128,9 +128,28 @@ def some_workers() -> int:
     return min(4, cores())
 
 
-def _is_inside(folder: str, other: str) -> bool:
-    root = Path(other.split("**")[0]).expanduser()  # a pattern reaches as deep as a folder
-    return Path(folder).expanduser().resolve().is_relative_to(root.resolve())
+def without_braces(pattern: str) -> list[str]:
+    """The patterns that one with {a,b} or {000..003} stands for."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, names = match.groups()
+    choices = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [
+        path
+        for choice in choices
+        for path in without_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _is_inside(folder: str, images: str) -> bool:
+    """Whether a folder is in that of the images, or in one that their pattern matches."""
+    inner = Path(folder).expanduser().resolve()
+    for pattern in [images] if Path(images).exists() else without_braces(images):
+        outer = Path(pattern.split("**")[0]).expanduser().resolve()  # which reaches as deep as a folder
+        if inner.is_relative_to(outer) or any(path.match(str(outer)) for path in (inner, *inner.parents)):
+            return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -711,15 +730,15 @@ MAY_CHANGE = frozenset(
 )
 
 
-# What `--help` shows first, and under which headings the rest; a setting that is in none of them comes last.
+# What `--help` shows first, and under which headings the rest; a setting of none is about how it runs.
 HEADINGS = {
     "what people change first": (
         "dataset model_name_or_path eval_split eval_fraction size image_size epochs total_batch_size base_lr "
         "mask_ratio augment base_lrs output_dir push_to_hub"
     ),
     "the images": (
-        "split eval_dataset image_column label_column num_labels labels_per_class streaming shuffle_buffer "
-        "images_per_epoch num_channels image_mean image_std center_crop"
+        "split dataset_config eval_dataset image_column label_column num_labels labels_per_class streaming "
+        "shuffle_buffer images_per_epoch num_channels image_mean image_std center_crop"
     ),
     "what is done to an image": (
         "crop_scale horizontal_flip repeated_augmentation reduced_decoding rand_augment rand_augment_std "

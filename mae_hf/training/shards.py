@@ -11,7 +11,8 @@ from itertools import chain, islice
 from typing import Any
 
 import datasets
-from PIL import Image
+
+from .decode import image_suffixes
 
 SEEN_SHARDS = 8  # whose first samples say which columns there are
 SEEN_SAMPLES = 5
@@ -76,7 +77,7 @@ def _number(content: bytes) -> int | None:
 
 
 def _is_image(ending: str) -> bool:
-    return f".{ending.rpartition('.')[2]}" in Image.registered_extensions()
+    return ending.rpartition(".")[2] in image_suffixes()
 
 
 def _readable_samples(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:

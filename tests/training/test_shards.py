@@ -98,6 +98,12 @@ def test_labels__numbers_beside_the_images(streaming: bool, tmp_path: Path) -> N
     assert [source.classes.number_of(row["label"]) for row in source.images] == [0, 1, 0, 1, 0, 1, None]
 
 
+def test_document_beside_the_image__is_no_second_image(tmp_path: Path) -> None:
+    files = {f"{grey}.{ending}": b"no image" for grey in range(3) for ending in ("pdf", "h5", "mpg")}
+    tar(tmp_path / "a.tar", dict(sorted((files | {f"{grey}.png": encoded(grey, "PNG") for grey in range(3)}).items())))
+    assert greys_and_problems(str(tmp_path / "a.tar"), False, 3) == ([0, 1, 2], [])
+
+
 def test_two_images__are_columns_of_their_own(tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", {"0.jpg": encoded(1, "JPEG"), "0.png": encoded(2, "PNG"), "1.jpg": encoded(3, "JPEG")})
     with pytest.raises(ValueError, match=r"2 columns of images among its columns \(jpg, png\).*--image_column"):

@@ -184,13 +184,17 @@ def test_linked_class_folder__is_followed_and_a_circle_is_not(tmp_path: Path) ->
     (tmp_path / "data" / "eel").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "cat" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "data" / "cat" / "self.png").symlink_to(tmp_path / "data" / "cat" / "self.png")
     source = open_source(str(tmp_path / "data"), labelled=True)
     assert names(source) == ["cat/0.png", "dog/1.png", "eel/2.png", "eel/3.png"]
     assert source.label_names == CLASSES
-    assert "1 other files (gone.png)" in source.summary
+    assert "2 other files (gone.png, self.png)" in source.summary
 
 
-@pytest.mark.parametrize("stray", ["images.tar", "metadata.parquet", "embeddings.parquet", "photos.zip", "notes.txt"])
+@pytest.mark.parametrize(
+    "stray",
+    ["images.tar", "metadata.parquet", "embeddings.parquet", "photos.zip", "notes.txt", "clip.mpg", "features.h5"],
+)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_file_beside_images__is_left_out_and_said(stray: str, streaming: bool, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", ["a.png", "b/c.png"])
@@ -229,6 +233,44 @@ def test_pattern_of_folders_and_a_gap_in_a_list(tmp_path: Path) -> None:
     assert [which(row["image"]) for row in open_source(f"{tmp_path}/day*").images] == [0, 1]
     with pytest.raises(ValueError, match=r"there is no .*/s-001\.tar"):
         open_source(f"{tmp_path}/s-{{001..003}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("*", ["cat", "dog"]), ("{cat,dog}", ["cat", "dog"]), ("*/*.png", ["cat", "dog"]), ("c*", ["cat"])],
+)
+def test_pattern_of_class_folders__keeps_their_names(pattern: str, expected: list[str], tmp_path: Path) -> None:
+    write_folder(tmp_path, ["cat/a.png", "cat/wild/b.png", "dog/c.png"])
+    assert open_source(f"{tmp_path}/{pattern}", labelled=True).label_names == expected
+
+
+def test_pattern_of_folders_with_classes__has_those(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["part1/cat/a.png", "part1/dog/b.png", "part2/dog/c.png"])
+    assert open_source(f"{tmp_path}/part*", labelled=True).label_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            ["train-00000-of-00002-7f3e", "train-00001-of-00002-ab12", "validation-00000-of-00001"],
+            {"train": 2, "val": 1},
+        ),
+        (["train/part-val-0", "train/part-val-1", "test/part-val-0"], {"train": 2, "test": 1}),
+        (["digits_train", "digits_test"], {"train": 1, "test": 1}),
+        (["imgs-dev-board-000", "imgs-dev-board-001"], {"train": 2}),
+        (["latest-test-rig", "my-validation-of-parts"], {"train": 2}),
+    ],
+)
+def test_splits_of_tables__by_how_their_names_begin_or_end(
+    files: list[str], expected: dict[str, int], tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"image": [encoded(1)]}).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / f"{file}.parquet"
+        )
+    assert {split: open_source(str(tmp_path), split).length for split in expected} == expected
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP", "TIFF", "BMP", "JPEG2000"])
