@@ -2,7 +2,7 @@
 
     python examples/visualize.py runs/quickstart photo.jpg another.png --output pictures.png
     python examples/visualize.py runs/mine path/to/images --count 16 --seed 3
-    python examples/visualize.py runs/mine photo.jpg --mask mask.png            # white is hidden
+    python examples/visualize.py runs/mine photo.jpg --mask mask.png   # laid over the photo: white is hidden
 
 A row for each image: image | masked | reconstruction | reconstruction with the visible patches. A seed hides the same
 patches of every image, whichever others are shown with it.
@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining
+from mae_hf.modeling_mae import MAEReconstruction
 from mae_hf.training.decode import decode_image
 from mae_hf.training.recipe import checkpoint_normalisation
 from mae_hf.training.reconstruction import save_picture
@@ -39,11 +40,16 @@ def find_images(paths: list[str], count: int) -> list[dict[str, Any]]:
     return found
 
 
-def own_mask(path: str, config: MAEConfig) -> Tensor:
-    """A picture as a mask of pixels (H, W) bool, true from middle grey up; stretched over what the model sees."""
-    grey = decode_image({"path": path, "bytes": None}, num_channels=1)
+def own_mask(path: str, image: Tensor, processor: Any) -> Tensor:
+    """A picture as a mask of the pixels that the model sees, (1, H, W) bool, true from middle grey up.
+
+    It is laid over the image (C, height, width), stretched to its size, and resized and cropped with it.
+    """
     nearest = functional.InterpolationMode.NEAREST
-    return functional.resize(grey, list(config.image_shape), interpolation=nearest)[0] >= 128
+    grey = decode_image({"path": path, "bytes": None}, num_channels=1)
+    laid_over = functional.resize(grey, list(image.shape[1:]), interpolation=nearest).expand(image.shape)
+    seen = processor(laid_over, resample=nearest, do_rescale=False, do_normalize=False, return_tensors="pt")
+    return seen.pixel_values[:, 0] >= 128
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,7 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=expanduser, default="reconstruction.png", help="the PNG to write")
     parser.add_argument("--mask_ratio", type=float, help="share of hidden patches, if not the model's")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    parser.add_argument("--mask", type=expanduser, help="a picture, white where patches are hidden, not at random")
+    parser.add_argument(
+        "--mask", type=expanduser, help="a picture of each image's shape, white where patches are hidden, not at random"
+    )
     chosen = parser.parse_args(arguments)
 
     try:
@@ -64,21 +72,19 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{chosen.model!r} is no model that can be loaded: {error}") from error
     config = model.config
     images = [decode_image(record, config.num_channels) for record in find_images(chosen.images, chosen.count)]
-    pixel_values = processor(images, return_tensors="pt").pixel_values
-    hidden: dict[str, Any]
-    if chosen.mask is not None:
-        hidden = {"bool_masked_pos": own_mask(chosen.mask, config).expand(len(images), -1, -1)}
-    else:
-        noise = torch.rand(config.num_patches, generator=torch.Generator().manual_seed(chosen.seed))
-        hidden = {"noise": noise.expand(len(images), -1)}
+    noise = torch.rand(1, config.num_patches, generator=torch.Generator().manual_seed(chosen.seed))
     mean, std = checkpoint_normalisation(chosen.model, config.num_channels)
-    pictures = model.reconstruct(pixel_values, mean, std, mask_ratio=chosen.mask_ratio, **hidden)
+    rows = []
+    for image in images:  # one by one, because a mask of pixels may hide more patches of one than of another
+        pixel_values = processor(image, return_tensors="pt").pixel_values
+        hidden = {"bool_masked_pos": own_mask(chosen.mask, image, processor)} if chosen.mask else {"noise": noise}
+        rows.append(model.reconstruct(pixel_values, mean, std, mask_ratio=chosen.mask_ratio, **hidden))
+    pictures = MAEReconstruction(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
     save_picture(pictures, chosen.output)
-    by = f"the mask {chosen.mask}" if chosen.mask is not None else f"seed {chosen.seed}"
-    print(
-        f"{chosen.output}: {len(images)} images, {int(pictures.mask[0].sum())} of {config.num_patches} patches hidden "
-        f"by {by}"
-    )
+    counts = sorted({int(mask.sum()) for mask in pictures.mask})
+    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    by = f"the mask {chosen.mask}" if chosen.mask else f"seed {chosen.seed}"
+    print(f"{chosen.output}: {len(images)} images, {number} of {config.num_patches} patches hidden by {by}")
 
 
 if __name__ == "__main__":

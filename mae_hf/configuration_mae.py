@@ -68,6 +68,10 @@ def nearest(name: str, known: list[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which is an int to Python
+
+
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be given as one int for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -240,12 +244,12 @@ class MAEConfig(PreTrainedConfig):
             size = getattr(self, name)
             pair = (size, size) if isinstance(size, int) else size
             is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-            if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
+            if not is_pair or not all(_is_number(side, int) and side > 0 for side in pair):
                 raise ValueError(f"{name} must be a positive int or (height, width) of two, but is {size!r}.")
             if max(pair) > LARGEST_SIDE:
                 raise ValueError(f"{name} must be at most {LARGEST_SIDE:,} pixels, but is {size!r}.")
         for name, largest in LARGEST.items():
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
+            if not _is_number(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest:,}, but is {value:,}.")
@@ -268,10 +272,10 @@ class MAEConfig(PreTrainedConfig):
                     f"cosine for each of the two axes."
                 )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
+            if not _is_number(value := getattr(self, name)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {value!r}.")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < math.inf:
+            if not _is_number(value := getattr(self, name)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, but is {value!r}.")
         for name in ("qkv_bias", "norm_pix_loss", "mask_tokens_in_encoder"):
             if not isinstance(value := getattr(self, name), bool):
@@ -284,7 +288,7 @@ class MAEConfig(PreTrainedConfig):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
         if self.decoder_type not in ("self", "cross"):
             raise ValueError(f"decoder_type must be 'self' or 'cross', but is {self.decoder_type!r}.")
-        if not isinstance(self.prediction_ratio, int | float) or not 0 < self.prediction_ratio <= 1:
+        if not _is_number(self.prediction_ratio) or not 0 < self.prediction_ratio <= 1:
             raise ValueError(f"prediction_ratio must be above 0 and at most 1, but is {self.prediction_ratio!r}.")
         if self.prediction_ratio < 1 and self.decoder_type == "self":
             raise ValueError(
@@ -312,7 +316,7 @@ class MAEConfig(PreTrainedConfig):
             ValueError: the ratio leaves no visible or no hidden patch.
         """
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        is_share = isinstance(ratio, int | float) and 0 < ratio < 1
+        is_share = _is_number(ratio) and 0 < ratio < 1
         visible = int(num_patches * (1 - ratio)) if is_share else -1
         if not 0 < visible < num_patches:
             raise ValueError(

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from .configuration_mae import SIZES, MAEConfig
-from .loading import TRANSFORMERS_KEYS, not_finite
+from .loading import TRANSFORMERS_KEYS, first_few, not_finite
 from .modeling_mae import (
     MAEForImageClassification,
     MAEForPreTraining,
@@ -52,6 +52,7 @@ TARGETS = {
 }
 
 FILES = ("timm", "original")
+MOST_NAMED = 8  # keys, in a message
 
 # Parts of names: ours, those of the original and of timm. Query, key and value are one matrix there, in this order.
 ORIGINAL_KEYS = (
@@ -245,7 +246,7 @@ def infer_config(weights: Weights, path: Path, **fields: Any) -> MAEConfig:
         if key not in weights or weights[key].ndim != dimensions:
             raise ValueError(
                 f"{path} has no {key} of {dimensions} dimensions, as the original MAE and timm's ViT have: it is "
-                f"neither. Its first keys are {_some(weights)}."
+                f"neither. Its first keys are {first_few(sorted(weights), MOST_NAMED)}."
             )
         return weights[key].shape
 
@@ -358,18 +359,15 @@ def _check_keys(
 ) -> None:
     problems = []
     if unplaced:
-        problems.append(f"has keys that have no place in the model: {_some(unplaced)}")
+        problems.append(f"has keys that have no place in the model: {first_few(sorted(unplaced), MOST_NAMED)}")
     if missing:
-        problems.append(f"lacks keys that the model needs: {_some(missing)}")
+        problems.append(f"lacks keys that the model needs: {first_few(sorted(missing), MOST_NAMED)}")
     if mismatched:
-        problems.append(f"has tensors of another shape than the rest implies: {_some(mismatched)}")
+        problems.append(
+            f"has tensors of another shape than the rest implies: {first_few(sorted(mismatched), MOST_NAMED)}"
+        )
     if problems:
         raise ValueError(f"{source} {'; it '.join(problems)}.")
-
-
-def _some(keys: Collection[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(sorted(keys)[:most]) + more
 
 
 def _sizes(config: MAEConfig) -> str:

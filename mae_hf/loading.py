@@ -231,5 +231,5 @@ def _is_table(name: str) -> bool:
     return name.endswith(("position_embeddings", "decoder_pos_embed"))
 
 
-def first_few(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def first_few(items: list[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -35,6 +35,7 @@ from .loading import (
     check_shard_index,
     check_weights_file,
     resize_checkpoint_tables,
+    unwrapped,
 )
 from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
 from .patches import (
@@ -343,13 +344,13 @@ class MAEPreTrainedModel(PreTrainedModel):
         Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.) So are
         those of a compiled or data-parallel model, whose keys begin with `_orig_mod.` or `module.`.
 
-        What is missing as a whole (a decoder, a head, a layer) starts new, with the warning of transformers.
+        What is missing (a decoder, a head, a layer) starts new, with the warning of transformers.
 
         Raises:
             OSError: there are no safetensors weights, or the file is damaged.
             RuntimeError: a weight does not have the shape that the configuration says.
-            ValueError: no weight of the encoder is there, or a part of the model only in pieces; weights are no finite
-                floating point numbers; or a pickle was asked for.
+            ValueError: no weight of the encoder is there, or one has no place in a part that the model has; weights are
+                no finite floating point numbers; or a pickle was asked for.
         """
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
@@ -389,7 +390,7 @@ class MAEPreTrainedModel(PreTrainedModel):
                 "The weights are sharded over processes: pass state_dict=accelerator.get_state_dict(model), which "
                 "every process has to call."
             )
-        weights = {name.replace("_orig_mod.", "").removeprefix("module."): w for name, w in weights.items()}
+        weights = {unwrapped(name): weight for name, weight in weights.items()}
         sharded_class = type(self)
         own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
         if own_class.__module__ == __name__:
@@ -596,7 +597,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         self.decoder = MAEDecoder(config)
         with_tokens = config.mask_tokens_in_encoder
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if with_tokens else None
-        self._checkpoint_had_no_decoder = False
+        self._was_loaded_without_decoder = False
         self.post_init()
         self._freeze_position_tables()
 
@@ -604,13 +605,15 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """See `MAEPreTrainedModel`. From an encoder alone, the decoder starts random and `reconstruct` refuses."""
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model._checkpoint_had_no_decoder = "decoder.decoder_pos_embed" in loading_info["missing_keys"]
+        # A decoder that was saved as it begins is one that was missing before.
+        bias = model.decoder.decoder_pred.bias
+        model._was_loaded_without_decoder = not bias.is_meta and not bias.any()
         return (model, loading_info) if output_loading_info else model
 
     @property
     def decoder_is_random(self) -> bool:
-        """Whether the checkpoint had no decoder, and none was trained or loaded since: its last bias is still zero."""
-        return self._checkpoint_had_no_decoder and not self.decoder.decoder_pred.bias.any()
+        """Whether the checkpoint had no trained decoder, and there is none since: its last bias is still zero."""
+        return self._was_loaded_without_decoder and not self.decoder.decoder_pred.bias.any()
 
     @can_return_tuple
     def forward(
@@ -688,6 +691,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
             if noise is not None or mask_ratio is not None:
                 raise ValueError(
                     "bool_masked_pos already says what is hidden: pass neither noise nor mask_ratio with it."
+                )
+            mask_size, image_size = tuple(bool_masked_pos.shape[-2:]), tuple(pixel_values.shape[-2:])
+            if bool_masked_pos.ndim > 2 and mask_size != image_size:  # of as many patches perhaps, but of others
+                raise ValueError(
+                    f"The mask of pixels is (height, width) = {mask_size}, but the images are {image_size}."
                 )
             # On the CPU, so that a mask on another device is waited for once, and not for every look at its values.
             hidden = patch_mask(bool_masked_pos.cpu(), self.config.patch_shape)
@@ -767,8 +775,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
         """
         if self.decoder_is_random:
             raise ValueError(
-                "The checkpoint has no decoder, so the decoder is random and its pictures would show nothing: load a "
-                "checkpoint with a decoder, or pre-train this one first."
+                "The checkpoint has no trained decoder, so the decoder is random and its pictures would show nothing: "
+                "load a checkpoint with a decoder, or pre-train this one first."
             )
         was_training = self.training
         self.eval()  # in training, a "cross" decoder predicts a part

@@ -109,6 +109,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     model = MAEForPreTraining(tiny_config())
+    torch.nn.init.normal_(model.decoder.decoder_pred.bias)  # or the decoder would be taken for one never trained
     model.save_pretrained(folder)
     image_processor(model.config.image_shape, 1.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).save_pretrained(folder)
     return folder

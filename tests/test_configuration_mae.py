@@ -94,6 +94,13 @@ def test_num_channels__any(channels: int) -> None:
     ("fields", "sentence"),
     [
         ({"image_size": 0}, "image_size must be a positive int or .height, width. of two, but is 0"),
+        (
+            {"image_size": True, "patch_size": 1},
+            "image_size must be a positive int or .height, width. of two, but is True",
+        ),
+        ({"patch_size": (True, 8)}, "patch_size must be a positive int or .height, width. of two"),
+        ({"layer_norm_eps": True}, "layer_norm_eps must be at least 0 and finite, but is True"),
+        ({"decoder_type": "cross", "prediction_ratio": True}, "prediction_ratio must be above 0 and at most 1"),
         ({"image_size": (32,)}, "image_size must be a positive int or .height, width. of two"),
         ({"image_size": (32, 32, 32)}, "image_size must be a positive int or .height, width. of two"),
         ({"image_size": 32.0}, "image_size must be a positive int or .height, width. of two"),

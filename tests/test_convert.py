@@ -290,7 +290,7 @@ def test_without_a_decoder_reconstruct_refuses_until_trained(tmp_path, transform
     model = MAEForPreTraining.from_pretrained(tmp_path)
     assert "decoder.mask_token" in transformers_log.text.replace("\x1b", "")
     images = random_images(model.config)
-    with pytest.raises(ValueError, match="has no decoder"):
+    with pytest.raises(ValueError, match="has no trained decoder"):
         model.eval().reconstruct(images)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(images).loss.backward()
@@ -345,7 +345,7 @@ def test_original_without_decoder_is_an_encoder_that_says_so(tmp_path):
     assert "norm_pix_loss" not in report  # means nothing without a decoder
     assert json.loads((tmp_path / "mae" / "config.json").read_text())["architectures"] == ["MAEModel"]
     model = MAEForPreTraining.from_pretrained(tmp_path / "mae")
-    with pytest.raises(ValueError, match="has no decoder"):
+    with pytest.raises(ValueError, match="has no trained decoder"):
         model.reconstruct(random_images(model.config))
 
 

@@ -236,7 +236,8 @@ def test_forward__masks_differ_from_call_to_call_also_in_evaluation() -> None:
         ({"bool_masked_pos": torch.arange(18).view(2, 9) % 9 < 2}, r"\(2, 9\), but the images have"),
         ({"mask_ratio": 0.97}, "leaves no visible or no hidden patch"),
         ({"noise": torch.rand(1, 16)}, r"\(1, 16\), but the images have"),
-        ({"bool_masked_pos": torch.eye(40).expand(2, -1, -1)}, r"\(2, 25\), but the images have"),
+        ({"bool_masked_pos": torch.eye(40).expand(2, -1, -1)}, r"\(height, width\) = \(40, 40\), .* are \(32, 32\)"),
+        ({"bool_masked_pos": torch.eye(64)[:, None, :16].expand(-1, 2, -1).transpose(0, 1)}, r"= \(64, 16\), but"),
         ({"bool_masked_pos": torch.ones(2, 16)}, "one at least must be hidden, one visible"),
         ({"bool_masked_pos": torch.eye(2, 16), "mask_ratio": 0.5}, "pass neither noise nor mask_ratio"),
         ({"bool_masked_pos": torch.eye(2, 16), "noise": NOISE}, "pass neither noise nor mask_ratio"),
@@ -760,6 +761,13 @@ def test_reconstruct__a_random_decoder_is_refused_until_it_has_weights(how: str,
     else:
         model.load_state_dict(scrambled(MAEForPreTraining).state_dict())
     assert model.reconstruct(IMAGES).pasted.shape == IMAGES.shape
+
+
+def test_reconstruct__a_random_decoder_stays_one_when_it_is_saved(tmp_path: Path) -> None:
+    scrambled(MAEModel).save_pretrained(tmp_path / "encoder")
+    MAEForPreTraining.from_pretrained(tmp_path / "encoder").save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="the decoder is random"):
+        MAEForPreTraining.from_pretrained(tmp_path / "both").reconstruct(IMAGES)
 
 
 def test_reconstruct__leaves_the_mode_alone_when_it_raises() -> None:

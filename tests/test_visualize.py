@@ -51,6 +51,20 @@ def test_mask__hides_what_is_white(
         assert np.ptp(picture[:, PICTURE // 2 :], axis=(0, 1)).max() > 50
 
 
+def test_mask__is_cropped_as_the_photograph_is(checkpoint: Path, tmp_path: Path) -> None:
+    mask = np.zeros((8, 32), np.uint8)
+    mask[:, :16] = 255  # the left half of the photograph, and of the quarter that is seen
+    mask[:, :8] = 0  # but what the crop leaves out
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    noisy = np.random.default_rng(0).integers(0, 256, (64, 256, 3), dtype=np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "noisy.png")
+    words = [f"--mask={tmp_path / 'mask.png'}", f"--output={tmp_path / 'out.png'}"]
+    visualize.main([str(checkpoint), str(tmp_path / "noisy.png"), *words])
+    picture = masked_column(tmp_path / "out.png")
+    assert np.ptp(picture[:, : PICTURE // 2], axis=(0, 1)).max() == 0, "the left half of the crop is not hidden"
+    assert np.ptp(picture[:, PICTURE // 2 :], axis=(0, 1)).max() > 50
+
+
 def test_visualize__refuses_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no model that can be loaded"):
         visualize.main([str(tmp_path), "image.png"])
