@@ -363,10 +363,10 @@ def main(arguments: list[str] | None = None) -> None:
             step_loss += loss.detach() / schedule.rounds
         if is_finite:
             losses.add(step_loss)
+            if average is not None:
+                average.update_parameters(bare_model)
         else:
             skipped.leave_out_step(step, recipe.max_skipped_steps)
-        if average is not None:
-            average.update_parameters(bare_model)
         progress.advance(step_loss)
 
         if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device

@@ -599,8 +599,9 @@ def test_torchrun__restarts_that_would_meet_dead_processes_are_refused(photos: P
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_processes_than_asked_for__are_refused(photos: Path, tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+@pytest.mark.parametrize("option", [["--num_processes", "2"], ["--num-processes=2"]])
+def test_fewer_processes_than_asked_for__are_refused(option: list[str], photos: Path, tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", *option, SCRIPT]
     process = start([*launch, *arguments(photos, tmp_path / "run", "--epochs", "1")])
     output = output_of(process)
     assert process.returncode != 0

@@ -49,7 +49,7 @@ def doubts(steps: int, steps_per_epoch: float, warmup_steps: int = 0) -> list[st
             f"{steps} {'step' if steps == 1 else 'steps'} will hardly be enough to learn, which usually takes some "
             f"hundred at the least: more --epochs or a smaller --total_batch_size make more of them."
         )
-    if 0 < warmup_steps and steps <= warmup_steps + 1:  # the first step of both has number 0
+    if warmup_steps > 0 and steps <= warmup_steps + 1:  # the first step of both has number 0
         found.append(
             f"The learning rate grows through all of the {steps} steps, because {warmup_steps} are there to warm up: "
             f"with fewer --warmup_epochs it also comes down again, in which much is learned."

@@ -239,8 +239,10 @@ def _load_state(accelerator: Accelerator, checkpoint: Path) -> None:
         models[:] = [bare(accelerator, model) for model in models]
 
     hook = accelerator.register_load_state_pre_hook(unwrap)
-    accelerator.load_state(str(checkpoint))
-    hook.remove()
+    try:
+        accelerator.load_state(str(checkpoint))
+    finally:
+        hook.remove()
 
 
 def copied_to_host(states: dict[str, Any]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def check_launcher() -> None:
     if is_torch_xla_available():
         return  # whose processes are not counted in the environment, and have neither fault
     launcher = psutil.Process().parent()
-    words = launcher.cmdline() if launcher is not None else []
+    words = [part for word in (launcher.cmdline() if launcher is not None else []) for part in word.split("=", 1)]
     num_processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     for option in ("--num_processes", "--num-processes"):
         if option in words[:-1] and words[words.index(option) + 1] != str(num_processes):

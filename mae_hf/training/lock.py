@@ -23,8 +23,8 @@ def lock(folder: Path) -> None:
     """Keep other processes from writing to a folder until `unlock`, or until this process ends, however it ends.
 
     The kernel keeps the lock for the open file, which no child process inherits: after SIGKILL nothing has to be
-    cleaned up. On NFS the server keeps it, and takes it back from a machine that is gone. What
-    this process has locked before stays its own.
+    cleaned up. On NFS the server keeps it, and takes it back from a machine that is gone. What this process has locked
+    before stays its own.
 
     Raises:
         ValueError: another process holds it.

@@ -121,5 +121,7 @@ def _deepspeed_settings(accelerator: Accelerator, schedule: Schedule, max_grad_n
         # they stay float32 and, with no module whose gradients are exchanged in 16 bits, the steps are those of DDP.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config["bf16"] = {"enabled": False}
-    yield
-    config["bf16"] = precision  # which is where Accelerate looks for the precision of the run
+    try:
+        yield
+    finally:
+        config["bf16"] = precision  # which is where Accelerate looks for the precision of the run

@@ -45,7 +45,9 @@ def test_baseline__is_the_loss_of_the_mean_and_said_where_nothing_is_learned(
         assert f"The loss ended at {records[-1]['loss']:.4f}, and predicting the mean has {expected:.4f}" in text
 
 
-@pytest.mark.parametrize(("warmup_epochs", "grows_throughout"), [("2", True), ("1.5", True), ("1", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("warmup_epochs", "grows_throughout"), [("2", True), ("1.5", True), ("1", False), ("0", False)]
+)
 def test_doubts__of_a_learning_rate_that_only_grows(
     warmup_epochs: str, grows_throughout: bool, half_flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
