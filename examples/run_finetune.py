@@ -51,13 +51,13 @@ from mae_hf.training.metrics import (
 )
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
-from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
+from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere, where_it_goes_on
 from mae_hf.training.recipe import FinetuneRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of
-from mae_hf.training.starting_weights import load_with_encoder
+from mae_hf.training.starting_weights import load_with_encoder, other_view
 
 OF_RECIPE = ("image_size", "pooling", "drop_path_rate")  # what may differ from the checkpoint
 
@@ -196,6 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
             say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
 
     if recipe.eval_only:
+        own_view = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
+        if remark := other_view(recipe.model_name_or_path, own_view):
+            say(f"warning   {remark}")
         metrics = evaluate(model.to(accelerator.device))
         with folder.exporting(accelerator) as path:
             if accelerator.is_main_process:
@@ -270,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
     first_step, earlier_losses = folder.resume(accelerator, total_steps)
-    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+    say(where_it_goes_on(first_step, total_steps))
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop

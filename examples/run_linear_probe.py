@@ -50,7 +50,7 @@ from mae_hf.training.faults import StopSignal, check_launcher, main_process_firs
 from mae_hf.training.files import as_json
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
 from mae_hf.training.optim import LARS, lr_at, parameter_groups
-from mae_hf.training.progress import DataClock, Progress, StepLosses
+from mae_hf.training.progress import DataClock, Progress, StepLosses, where_it_goes_on
 from mae_hf.training.recipe import ProbeRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.sharding import bare, check_whole
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
     first_step, earlier_losses = folder.resume(accelerator, total_steps)
-    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+    say(where_it_goes_on(first_step, total_steps))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Features that are computed once

@@ -32,7 +32,7 @@ from mae_hf.training.files import whole
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
-from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere
+from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere, where_it_goes_on
 from mae_hf.training.recipe import PretrainRecipe, read_recipe
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     say(f"lr        base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}")
     say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
-    for doubt in doubts(total_steps, schedule.steps_per_epoch, warmup_steps):
+    said = doubts(total_steps, schedule.steps_per_epoch, warmup_steps)
+    for doubt in said:
         say(f"warning   {doubt}")
     say(f"folder    {folder.path}")
 
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         start_trackers(accelerator, recipe)
     accelerator.wait_for_everyone()
     first_step, earlier_losses = folder.resume(accelerator, total_steps)
-    say(f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0")
+    say(where_it_goes_on(first_step, total_steps))
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop
@@ -272,7 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
         hub.finish(f"Pre-trained for {total_steps} steps")
     folder.close()
     for doubt in doubts_of_end(folder.history()):
-        say(f"warning   {doubt}")
+        if doubt not in said:
+            say(f"warning   {doubt}")
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")
     say(f"    python examples/visualize.py {folder.path} YOUR_IMAGE.jpg")
 

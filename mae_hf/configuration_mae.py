@@ -157,6 +157,9 @@ class MAEConfig(PreTrainedConfig):
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
         self._check_inherited(kwargs)
         super().__post_init__(**kwargs)
+        if self.id2label is not None:  # a file may have its numbers in the order of words: 0, 1, 10, 11, 2
+            by_number: Any = self.id2label
+            self.id2label = dict(sorted(by_number.items(), key=lambda item: int(item[0])))
         self._check()
 
     @classmethod

@@ -395,6 +395,8 @@ class MAEPreTrainedModel(PreTrainedModel):
         own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
         if own_class.__module__ == __name__:
             self.config.auto_map = dict(AUTO_MAP)
+        else:  # somebody's own class, whose code transformers saves if it was registered; ours would not come with it
+            self.config.auto_map = None
         # torch's fully_shard gives a module a class of its own, whose name and code transformers would save.
         self.__class__ = own_class
         try:
@@ -551,9 +553,13 @@ class MAEModel(MAEPreTrainedModel):
 
         Raises:
             TypeError: an argument is unknown.
-            ValueError: the images do not fit the model.
+            ValueError: the images do not fit the model, or the ids not the images.
         """
         self._refuse_unknown(kwargs)
+        if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != pixel_values.shape[0]):
+            raise ValueError(
+                f"ids_keep is {tuple(ids_keep.shape)}, but must be (batch, visible) of {len(pixel_values)} images."
+            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -771,13 +777,16 @@ class MAEForPreTraining(MAEPreTrainedModel):
             predictions get the mean and deviation of the true patch back, as in the paper's figures.
 
         Raises:
-            ValueError: the checkpoint had no decoder, or the images or the mask do not fit.
+            ValueError: the checkpoint had no decoder, one of mean and std is missing, or the images or the mask do not
+                fit.
         """
         if self.decoder_is_random:
             raise ValueError(
                 "The checkpoint has no trained decoder, so the decoder is random and its pictures would show nothing: "
                 "load a checkpoint with a decoder, or pre-train this one first."
             )
+        if (image_mean is None) != (image_std is None):
+            raise ValueError("image_mean and image_std undo the normalisation together: pass both, or neither.")
         was_training = self.training
         self.eval()  # in training, a "cross" decoder predicts a part
         try:

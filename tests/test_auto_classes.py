@@ -1,5 +1,6 @@
 """Every Auto class on every checkpoint that the scripts write, with this package installed and without it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -104,3 +105,14 @@ def test_every_auto_class_and_pipeline__on_every_kind_of_checkpoint(
         timeout=300,
     )
     assert done.stdout.splitlines()[-1:] == ["done 3"], done.stderr[-3000:]
+
+
+def test_own_subclass__does_not_claim_the_code_of_ours(tmp_path: Path) -> None:
+    class Own(MAEModel):
+        pass
+
+    seeded(MAEModel, tiny_config()).save_pretrained(tmp_path / "ours")
+    Own.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    for reference in (config.get("auto_map") or {}).values():
+        assert (tmp_path / "own" / f"{reference.split('.')[0]}.py").exists(), reference

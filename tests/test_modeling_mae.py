@@ -203,6 +203,12 @@ def test_forward__own_pixel_mask_on_rectangular_patches() -> None:
     assert torch.equal(output.mask, hidden.float())
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4), (4,)])
+def test_encoder__ids_of_another_batch_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be \(batch, visible\) of 2 images"):
+        scrambled(MAEModel)(IMAGES, ids_keep=torch.zeros(shape, dtype=torch.int64))
+
+
 def test_forward__generator_repeats_and_given_noise_draws_nothing() -> None:
     model = seeded(MAEForPreTraining, CONFIG)
     first, second, third = (model(IMAGES, generator=torch.Generator().manual_seed(seed)).mask for seed in (3, 3, 4))
@@ -768,6 +774,12 @@ def test_reconstruct__a_random_decoder_stays_one_when_it_is_saved(tmp_path: Path
     MAEForPreTraining.from_pretrained(tmp_path / "encoder").save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="the decoder is random"):
         MAEForPreTraining.from_pretrained(tmp_path / "both").reconstruct(IMAGES)
+
+
+def test_reconstruct__mean_and_deviation_go_together() -> None:
+    for half in ({"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}):
+        with pytest.raises(ValueError, match="pass both, or neither"):
+            scrambled(MAEForPreTraining).reconstruct(IMAGES, **half)
 
 
 def test_reconstruct__leaves_the_mode_alone_when_it_raises() -> None:

@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
+from tiny import tiny_config
 from torch import Tensor
 from transformers import pipeline
 
-from mae_hf import MAEForImageClassification
+from mae_hf import MAEConfig, MAEForImageClassification
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -192,6 +193,28 @@ def test_eval_only__on_some_of_the_classes(pets: Path, checkpoint: Path, tmp_pat
     (tmp_path / "some" / "cat").rename(tmp_path / "some" / "ape")
     with pytest.raises(ValueError, match=r"of \['cat', 'dog', 'eel'\], and the images have other.*\['ape', 'eel'\]"):
         judged(tmp_path / "some", "of_others")
+
+
+def test_eval_only__says_that_the_classifier_was_made_for_another_view(
+    pets: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(pets, checkpoint, tmp_path / "run", "--epochs", "1", "--center_crop", "0.5")
+    for words, is_said in ((["--center_crop", "0.5"], False), ([], True)):
+        finetune(pets, tmp_path / "run", tmp_path / f"{is_said}", "--eval_only", "true", *words)
+        sentence = f"warning   The image processor of {tmp_path / 'run'} shows images in another way"
+        assert (sentence in capsys.readouterr().out) == is_said
+
+
+def test_labels_of_a_checkpoint__go_by_their_numbers(tmp_path: Path) -> None:
+    """A config.json whose keys were sorted as words: 0, 1, 10, 11, 2, ..."""
+    names = {number: f"c{number}" for number in range(12)}
+    MAEForImageClassification(tiny_config(id2label=names)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    assert list(config["id2label"])[2] == "10"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert list(MAEConfig.from_pretrained(tmp_path).id2label.items()) == list(names.items())
+    assert list(MAEForImageClassification.from_pretrained(tmp_path).config.id2label.values()) == list(names.values())
 
 
 def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -69,6 +69,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite", "true")])
+@pytest.mark.parametrize("inside", [".", "best"])
+def test_folder_of_the_checkpoint_to_begin_with__is_refused(
+    overwrite: tuple[str, ...], inside: str, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "model" / inside, dirs_exist_ok=True)
+    before = contents(tmp_path / "model")
+    words = ["--dataset", str(photos), "--model_name_or_path", str(tmp_path / "model" / inside), *overwrite]
+    with pytest.raises(ValueError, match=r"holds the checkpoint to begin with, .*: choose another --output_dir"):
+        run_pretrain.main([*words, "--output_dir", str(tmp_path / "photos" / ".." / "model")])
+    assert contents(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_folder_of_somebody_else__is_refused_without_overwrite(name: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=rf"is no run's, and the run would replace what is in it \({name}\)"):
+        pretrain(photos, tmp_path / "mine", *SHORT)
+    assert contents(tmp_path / "mine") == {name: b"mine", "notes.txt": b"mine"}
+    pretrain(photos, tmp_path / "mine", *SHORT, "--overwrite", "true")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "mine" / "recipe.yaml").exists()
+
+
 def test_another_recipe__is_refused_and_nothing_is_touched(photos: Path, run: Path) -> None:
     before = contents(run)
     with pytest.raises(ValueError, match=r"another recipe \(mask_ratio: 0.75 there, 0.5 now; seed: 0 there, 1 now\)"):
@@ -123,6 +149,14 @@ def test_checkpoints_that_are_gone__are_no_reason_to_start_at_0(photos: Path, wh
     with pytest.raises(ValueError, match=r"was at step 10, and its checkpoints are gone.*--overwrite true"):
         pretrain(photos, whole, *SHORT)
     assert contents(whole) == before
+
+
+def test_finished_run__says_that_nothing_is_left_to_do(
+    photos: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    pretrain(photos, whole, *SHORT)
+    assert "resume    nothing to do, all 10 steps are done" in capsys.readouterr().out
 
 
 def test_fewer_epochs_than_were_done__says_the_step(photos: Path, whole: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import run_finetune
 import run_linear_probe
 import run_pretrain
+import torch
 import visualize
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,21 @@ def probe(start: Path, pets: Path, output: Path, *words: str) -> None:
 
 def show(start: Path, pets: Path, output: Path) -> None:
     visualize.main([str(start), str(pets / "cat" / "0.png"), "--output", str(output.with_suffix(".png"))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_checkpoint_in_16_bits__is_trained_in_32(
+    script: Callable[..., None], dtype: torch.dtype, pets: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = MAEForPreTraining.from_pretrained(checkpoint, dtype=dtype)
+    model.save_pretrained(tmp_path / "half")
+    shutil.copy(checkpoint / "preprocessor_config.json", tmp_path / "half")
+    script(tmp_path / "half", pets, tmp_path / "run", "--mixed_precision", "no")
+    before = model.vit.layers[0].mlp.fc1.weight.float()
+    after = load_file(tmp_path / "run" / "model.safetensors")["vit.layers.0.mlp.fc1.weight"]
+    assert after.dtype == torch.float32
+    assert (after != before).float().mean() > 0.95, "the steps were rounded away"
 
 
 SCRIPTS: dict[str, Callable[..., None]] = {

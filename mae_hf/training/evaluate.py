@@ -133,7 +133,7 @@ def encode_images(
         ValueError: the images cannot be opened, or have no labels.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = MAEModel.from_pretrained(name, pooling=pooling).to(device or "cpu")
+    model = MAEModel.from_pretrained(name, pooling=pooling, dtype=torch.float32).to(device or "cpu")
     view = eval_transform(model.config.image_shape, center_crop)
     images = JudgingImages(open_source(dataset, split, labelled=True), view, model.config.num_channels, seed=0)
     encode = frozen_encoder(model, *checkpoint_normalisation(name, model.config.num_channels))

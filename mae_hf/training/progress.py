@@ -20,6 +20,13 @@ QUIET = 30.0  # seconds
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
+def where_it_goes_on(first_step: int, total_steps: int) -> str:
+    """The line that says at which step a run begins or goes on."""
+    if first_step == total_steps:
+        return f"resume    nothing to do, all {total_steps} steps are done; what is written at the end is written again"
+    return f"resume    from step {first_step}" if first_step else "resume    nothing to resume, starting at step 0"
+
+
 class StepLosses:
     """The losses of the steps since the last line of metrics; they stay on the device until they are asked for.
 

@@ -59,7 +59,7 @@ RecipeType = TypeVar("RecipeType", bound="Recipe")
 class Range:
     """What a setting may be; of a list, each of its items."""
 
-    choices: tuple[str, ...] | None = None
+    choices: tuple[str | int, ...] | None = None
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -68,9 +68,12 @@ class Range:
     def refuse(self, name: str, value: Any) -> None:
         """Raise a ValueError with the name of the setting if the value is outside."""
         for item in value if isinstance(value, list) else [value]:
+            if self.choices is not None and item not in self.choices:
+                known = [str(choice) for choice in self.choices]
+                if isinstance(item, str):
+                    raise ValueError(f"{name} cannot be {item!r}. {nearest(item, known)}")
+                raise ValueError(f"{name} must be {' or '.join(known)}, but is {item}.")
             if isinstance(item, str):
-                if self.choices is not None and item not in self.choices:
-                    raise ValueError(f"{name} cannot be {item!r}. {nearest(item, self.choices)}")
                 if not item:
                     raise ValueError(f"{name} must not be empty.")
                 continue
@@ -94,13 +97,13 @@ class Range:
         return " and ".join(f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None)
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None, **bounds: float) -> Any:
+def setting(default: Any, help: str, choices: Sequence[str | int] | None = None, **bounds: float) -> Any:
     """A field with its help text and its range; a default that is a list or a function is made anew for every recipe.
 
     Args:
         default: `None` where it may be unset.
         help: a phrase for `--help`.
-        choices: the words that it may be.
+        choices: the words, or the numbers, that it may be.
         **bounds: `at_least`, `above`, `at_most`, `below`: of the number, or of each number of a list.
     """
     allowed = Range(tuple(choices) if choices is not None else None, **bounds)
@@ -188,7 +191,9 @@ class Recipe:
     )
     patch_size: list[int] | None = setting(None, "pixels, one number or height and width; else the size's", at_least=1)
     num_channels: int | None = setting(
-        None, "channels of the model, 1, 3 or 4; images are converted to them; 3, or the checkpoint's", at_least=1
+        None,
+        "channels of the model, 1, 3 or 4; images are converted to them; 3, or the checkpoint's",
+        choices=(1, 3, 4),
     )
     hidden_size: int | None = setting(None, "width of the encoder, else the size's", at_least=1)
     num_hidden_layers: int | None = setting(None, "depth of the encoder, else the size's", at_least=1)
@@ -327,6 +332,12 @@ class Recipe:
                     f"The run folder {self.output_dir} is inside the images of {name}, {images}, so that the pictures "
                     f"of the run would become images to train on: choose another --output_dir."
                 )
+        model = getattr(self, "model_name_or_path", None)
+        if model and Path(model).exists() and Path(model).resolve().is_relative_to(Path(self.output_dir).resolve()):
+            raise ValueError(
+                f"The run folder {self.output_dir} holds the checkpoint to begin with, {model}, which the run would "
+                f"replace: choose another --output_dir."
+            )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
 
@@ -931,17 +942,17 @@ def _as_arguments(path: Path, known: "dict[str, Field[Any]]", given: set[str]) -
                 value_node,
                 f"{key} takes {'one value or a list of values' if is_list else 'one value'}, and this is not.",
             )
-        values = [_word(node) for node in nodes]
-        if values == ["none"] and not _may_be_unset(known[key]) and _kind(known[key]) is not str:
+        values = ["none" if _is_null(node) else node.value for node in nodes]
+        is_word = _kind(known[key]) is str and not any(map(_is_null, nodes))  # `report_to: none`
+        if values == ["none"] and not _may_be_unset(known[key]) and not is_word:
             refuse(value_node, f"{key} cannot be left without a value.")
         if key not in left_out:
             words += [f"--{key}", *values] if is_list else [f"--{key}={values[0]}"]
     return words
 
 
-def _word(node: yaml.ScalarNode) -> str:
-    is_null = node.style is None and node.value.lower() in ("", "~", "null")
-    return "none" if is_null else node.value
+def _is_null(node: yaml.ScalarNode) -> bool:
+    return node.style is None and node.value.lower() in ("", "~", "null")
 
 
 def find_recipe(name: str, folder: Path | None) -> Path:

@@ -64,7 +64,7 @@ class RunFolder:
 
     Raises:
         ValueError: the folder holds another run: another recipe, apart from the fields in `MAY_CHANGE`, or other
-            images; or one whose checkpoints are gone.
+            images; one whose checkpoints are gone; or no run, and files that the run would replace.
     """
 
     def __init__(self, path: str, recipe: Any, images: Images | None = None) -> None:
@@ -84,7 +84,14 @@ class RunFolder:
 
     def _refuse_another_run(self) -> None:
         file = self.path / "recipe.yaml"
-        if self.starts_over or not file.exists():
+        if self.starts_over:
+            return
+        if not file.exists():
+            if there := sorted(path.name for path in self._written(self.path, EXPORTED)):
+                raise ValueError(
+                    f"The folder {self.path} is no run's, and the run would replace what is in it "
+                    f"({', '.join(there)}): choose another --output_dir, or give --overwrite true."
+                )
             return
         newest = self.checkpoints.newest()
         if newest is None:

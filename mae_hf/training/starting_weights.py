@@ -2,15 +2,21 @@
 
 from typing import Any
 
+import torch
+from transformers import AutoImageProcessor
+
 from ..configuration_mae import MAEConfig
 from ..loading import ENCODER_PART, first_few, part_of
+
+# Of an image processor: which part of an image it shows, and how large.
+VIEW = ("size", "do_center_crop", "crop_size")
 
 # What may differ in shape: the head of other classes.
 MAY_CHANGE_SHAPE = ("classifier.",)
 
 
 def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[Any, list[str]]:
-    """A model with the whole encoder of a checkpoint, and the names of its weights that are new.
+    """A model with the whole encoder of a checkpoint, in float32, and the names of its weights that are new.
 
     New are a decoder, a head or `fc_norm` that the checkpoint does not have, and what has to change its shape.
 
@@ -23,8 +29,9 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
         ValueError: a weight of the encoder is missing or left over, a decoder or a head is there in pieces, or a weight
             is of another shape; with its name.
     """
+    # In 16 bits, as many are kept on the Hub, most steps of training would be rounded away.
     model, loaded = model_class.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
     )
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
     has_some_of = {part_of(key) for key in model.state_dict().keys() - loaded["missing_keys"]}
@@ -42,3 +49,21 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
             )
         raise ValueError(f"The weights of {name} are not those of its configuration: {'; '.join(said)}. {advice}")
     return model, sorted(loaded["missing_keys"] | mismatched)
+
+
+def other_view(name: str, processor: Any) -> str:
+    """How the checkpoint's own image processor shows another part of an image than this one, as a sentence; or ""."""
+    try:
+        own = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # a checkpoint without one
+        return ""
+    views = [{key: getattr(one, key, None) for key in VIEW} for one in (own, processor)]
+    if not views[0]["do_center_crop"]:
+        views = [{**view, "crop_size": None} for view in views]
+    if views[0] == views[1]:
+        return ""
+    there, here = ("size {size}, crop {crop_size}".format(**view) for view in views)
+    return (
+        f"The image processor of {name} shows images in another way ({there}) than they are evaluated ({here}): see "
+        f"--center_crop and --image_size."
+    )

@@ -210,6 +210,7 @@ def test_parse__refuses_with_a_sentence() -> None:
         (["--image_std", "0", "0", "0"], "image_std must be above 0, but is [0.0, 0.0, 0.0]"),
         (["--image_std", "0.2", "inf", "0.2"], "image_std must be a finite number"),
         (["--image_mean", "124", "117", "104"], "image_mean must be at least 0 and at most 1"),
+        (["--num_channels", "2"], "num_channels must be 1 or 3 or 4, but is 2."),
         (["--max_skipped_images", "-1"], "max_skipped_images must be at least 0 and at most 1, but is -1.0"),
         (["--max_skipped_images", "nan"], "max_skipped_images must be a finite number, but is nan"),
         (["--base_lr", "nan"], "base_lr must be a finite number, but is nan"),
@@ -270,9 +271,12 @@ def test_unset__by_none_on_the_command_line_and_null_in_a_file(tmp_path: Path) -
     (tmp_path / "null.yaml").write_text("eval_split: test\nmodel_name_or_path: ~\nimage_size: null\nmax_grad_norm:\n")
     recipe = parse_recipe(FinetuneRecipe, ["--recipe", str(tmp_path / "null.yaml")])
     assert (recipe.model_name_or_path, recipe.image_size, recipe.max_grad_norm) == (None, None, None)
-    (tmp_path / "null.yaml").write_text("epochs:\n")
-    with pytest.raises(ValueError, match=r"null\.yaml, line 1: epochs cannot be left without a value"):
-        parse("--recipe", str(tmp_path / "null.yaml"))
+    for name, value in (("epochs", ""), ("dataset", "null"), ("output_dir", "~"), ("split", ""), ("license", "Null")):
+        (tmp_path / "null.yaml").write_text(f"{name}: {value}\n")
+        with pytest.raises(ValueError, match=rf"null\.yaml, line 1: {name} cannot be left without a value"):
+            parse("--recipe", str(tmp_path / "null.yaml"))
+    (tmp_path / "null.yaml").write_text("report_to: none\n")
+    assert parse("--recipe", str(tmp_path / "null.yaml")).report_to == "none"
 
 
 @pytest.mark.parametrize(
