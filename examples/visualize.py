@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.modeling_mae import MAEReconstruction
 from mae_hf.training.decode import decode_image
-from mae_hf.training.recipe import checkpoint_normalisation
+from mae_hf.training.recipe import absence, checkpoint_normalisation, is_absent_path
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.sources import open_source
 from mae_hf.training.starting_weights import load_with_encoder
@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--mask", type=expanduser, help="a picture of each image's shape, white where patches are hidden, not at random"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.count < 1:
+        raise ValueError(f"--count must be at least 1, but is {chosen.count}.")
+    if not Path(chosen.output).absolute().parent.is_dir():
+        raise ValueError(f"There is no folder for --output {chosen.output}.")
+    if is_absent_path(chosen.model):
+        raise ValueError(f"model: {absence(chosen.model)}")
 
     try:
         model, _ = load_with_encoder(MAEForPreTraining, chosen.model, MAEConfig.from_pretrained(chosen.model))
@@ -90,5 +96,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # something that the user can mend, said in a sentence
+    except (ValueError, OSError) as error:  # something that the user can mend, said in a sentence
         sys.exit(f"visualize.py: {error}")

@@ -570,6 +570,10 @@ def _image_processor(source: str | Path, config: MAEConfig) -> tuple[Any, list[s
                 f"The image processor in {source} cannot be read ({type(error).__name__}: {error}): mend or remove its "
                 f"preprocessor_config.json."
             ) from error
+        of_other_size = _for_size(processor, config.image_shape)
+        if of_other_size is not None:
+            height, width = config.image_shape
+            return of_other_size, [f"Image processor: that of {source}, but for {height}x{width} pixels."]
         return processor, [f"Image processor: that of {source}."]
     if config.num_channels != 3:
         channels = f"{config.num_channels} channels"
@@ -581,6 +585,20 @@ def _image_processor(source: str | Path, config: MAEConfig) -> tuple[Any, list[s
     return image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD), [
         "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
     ]
+
+
+def _for_size(processor: Any, image_shape: tuple[int, int]) -> Any:
+    """A processor that crops as much of the image, and normalises as this one; `None` where its size is the same."""
+    from .training.augment import image_processor  # here for the reason above
+
+    resized = dict(processor.size)
+    seen = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else resized
+    if not {"height", "width"} <= seen.keys() or (seen["height"], seen["width"]) == image_shape:
+        return None
+    share = min(1.0, seen["height"] / resized.get("shortest_edge", resized.get("height", seen["height"])))
+    other = image_processor(image_shape, share, processor.image_mean, processor.image_std)
+    other.resample = processor.resample
+    return other
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -607,7 +625,11 @@ def main(arguments: list[str] | None = None) -> None:
         "checkpoints need --no-norm_pix_loss",
     )
     chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    from .training.recipe import absence, is_absent_path
+
     try:
+        if is_absent_path(chosen["source"]):  # the Hub would be asked for it, for half a minute
+            raise ValueError(absence(chosen["source"]))
         print("\n".join(convert(**chosen)))
     except (OSError, ValueError) as error:  # something that the user can mend, said in a sentence
         sys.exit(f"convert: {error}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import max_difference, random_images, random_noise, scramble, seeded, tiny_config
 from torch import nn
@@ -752,9 +753,26 @@ def test_a_folder_keeps_its_image_processor(tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path / "with").image_mean == (0.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize("crop", [True, False])
+def test_another_image_size__is_that_of_the_image_processor_too(crop, tmp_path):
+    vit_mae_folder(tmp_path / "theirs")
+    size = {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": 32} if crop else {"size": 32}
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], resample=2, **size).save_pretrained(tmp_path / "theirs")
+    report = convert(tmp_path / "theirs", tmp_path / "out", image_size=(64, 64))
+    assert any("but for 64x64 pixels" in line for line in report)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixel_values = processor(Image.new("RGB", (90, 70)), return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 64, 64)
+    assert (processor.image_mean, processor.resample) == ((0.1, 0.2, 0.3), 2)
+    assert processor.size["shortest_edge"] == (128 if crop else 64)
+    MAEModel.from_pretrained(tmp_path / "out")(pixel_values)
+
+
 def test_command_line(tmp_path, capsys):
     original_file(tmp_path / "mae.pth", original_mae().state_dict())
     arguments = [str(tmp_path / "mae.pth"), str(tmp_path / "ours"), "--num_attention_heads", "2"]
+    with pytest.raises(SystemExit, match=r"convert: there is no such file or folder as nothere/mae\.pth"):
+        main(["nothere/mae.pth", *arguments[1:]])
     with pytest.raises(SystemExit, match=r"convert: .*48 is not divisible by decoder_num_attention_heads 5"):
         main([*arguments, "--decoder_num_attention_heads", "5"])
     main([*arguments, "--decoder_num_attention_heads", "3", "--no-norm_pix_loss"])

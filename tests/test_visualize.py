@@ -65,6 +65,20 @@ def test_mask__is_cropped_as_the_photograph_is(checkpoint: Path, tmp_path: Path)
     assert np.ptp(picture[:, PICTURE // 2 :], axis=(0, 1)).max() > 50
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--output", "no/where.png"], "no folder for --output no/where"),
+    ],
+)
+def test_visualize__refuses_in_a_sentence(words: list[str], sentence: str, checkpoint: Path, pets: Path) -> None:
+    with pytest.raises(ValueError, match=r"model: there is no such file or folder as runs/nowhere"):
+        visualize.main(["runs/nowhere", str(pets)])
+    with pytest.raises(ValueError, match=sentence):
+        visualize.main([str(checkpoint), str(pets), *words])
+
+
 def test_visualize__refuses_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no model that can be loaded"):
         visualize.main([str(tmp_path), "image.png"])

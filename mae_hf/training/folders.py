@@ -74,6 +74,8 @@ def choose_split(wanted: str | None, there: Sequence[str], whole: bool = False) 
     Raises:
         ValueError: there is no such split, or more than one.
     """
+    if wanted is not None and re.search(r"[+\[]", wanted):
+        raise ValueError(f"a part or a sum of splits, as {wanted!r}, is read from the Hub only: name one split.")
     if not there:
         if wanted in (None, "train") or whole:
             return None
@@ -265,6 +267,7 @@ class Found:
     names: hash of what identifies it wherever it lies.
     read_from: the tables, shards, folder or part of a Hub data set that it comes from.
     length: number of rows, where it is known.
+    splits: the names of those that there are.
     remarks: what was left out, in words.
     """
 
@@ -273,6 +276,7 @@ class Found:
     names: str
     read_from: tuple[str, ...] = ()
     length: int | None = None
+    splits: tuple[str, ...] = ()
     remarks: Sequence[str] = ()
 
 
@@ -295,7 +299,7 @@ def open_folder(folder: Path, split: str | None, whole: bool, streaming: bool, l
     if files.images:
         if not splits:
             choose_split(split, [], whole)
-        return folder_of_images(files, str(root), streaming, labelled, left_out)
+        return replace(folder_of_images(files, str(root), streaming, labelled, left_out), splits=tuple(splits))
     by_kind = {} if splits else split_of_tables(files.tables, str(root))
     if by_kind:
         tables = by_kind[choose_split(split, list(by_kind), whole) or ""]
@@ -304,7 +308,7 @@ def open_folder(folder: Path, split: str | None, whole: bool, streaming: bool, l
         files = Files(tables=tables, others=files.others)
     elif not splits:
         choose_split(split, [], whole)
-    return tables_or_shards(files, str(root), streaming, left_out)
+    return replace(tables_or_shards(files, str(root), streaming, left_out), splits=tuple(by_kind or splits))
 
 
 def open_files(pattern: str, split: str | None, whole: bool, streaming: bool, labelled: bool) -> Found:
@@ -367,7 +371,9 @@ def folder_of_images(files: Files, root: str, streaming: bool, labelled: bool, l
     length = len(data)
     if streaming:  # in shards, so that a stream that is shuffled begins anywhere
         data = data.to_iterable_dataset(num_shards=min(length, SHARDS_OF_A_STREAM))
-    return Found("a local folder of images", data, names_hash(names), (os.path.realpath(root),), length, said(left_out))
+    return Found(
+        "a local folder of images", data, names_hash(names), (os.path.realpath(root),), length, remarks=said(left_out)
+    )
 
 
 def _rows(table: pa.Table, fingerprint: str) -> datasets.Dataset:
@@ -423,7 +429,7 @@ def tables_or_shards(files: Files, root: str, streaming: bool, left_out: Sequenc
         parts = {"train": [escape(path) for path in tables]}
         data = datasets.load_dataset(BUILDERS[kind], data_files=parts, split="train", streaming=streaming)
     length = None if streaming else len(data)
-    return Found("local files", data, names, tuple(map(os.path.realpath, tables)), length, said(left_out))
+    return Found("local files", data, names, tuple(map(os.path.realpath, tables)), length, remarks=said(left_out))
 
 
 def said(left_out: Sequence[str]) -> list[str]:

@@ -9,18 +9,23 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 import yaml
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import DatasetCard
 from PIL import Image
 from torch import Tensor
 
 from ..configuration_mae import nearest
 from .decode import printable
-from .folders import Found, choose_split, is_pattern, names_hash, open_files, open_folder
+from .folders import Found, choose_split, is_pattern, names_hash, open_files, open_folder, split_kind
 from .labels import Classes, find_classes
 from .overlap import shared_images
 from .recipe import LabelledRecipe, absence, is_absent_path
+
+# A missing file and an unreachable Hub are among them.
+ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class ImageSource:
         was edited in place is not seen. Of a stream the number may be None. It stays that of the whole data set where
         some of its images are selected.
     read_from: the tables, shards, folder or part of a Hub data set that the images come from.
+    splits: the names of the splits that the data set has.
     remarks: what a person should know of the images, what was left out for instance.
     """
 
@@ -45,6 +51,7 @@ class ImageSource:
     classes: Classes | None = None
     fingerprint: dict[str, Any] | None = None
     read_from: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -95,9 +102,10 @@ def open_source(
     """
     try:
         found = _find(dataset, split, whole, streaming, labelled, config)
-    except (ValueError, OSError) as error:  # the errors of `datasets`, a missing file and an unreachable Hub among them
+    except ERRORS_OF_DATASETS as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         named = f" (split {split!r})" if split else ""
-        raise ValueError(f"The images of {dataset!r}{named} cannot be opened: {error}") from error
+        raise ValueError(f"The images of {dataset!r}{named} cannot be opened: {reason}") from error
     loaded = found.data
     column = _image_column(loaded.features, dataset, image_column)
     names = {column: "image"}
@@ -106,13 +114,18 @@ def open_source(
         label_column = _label_column(loaded.features, dataset, label_column)
         classes = find_classes(loaded, label_column, dataset, num_labels)
         names[label_column] = "label"
-    images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
-    images = images.rename_columns({old: new for old, new in names.items() if old != new})
-    length = found.length if isinstance(images, datasets.IterableDataset) else len(images)
-    if length == 0 or next(iter(images), None) is None:
+    try:
+        images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
+        images = images.rename_columns({old: new for old, new in names.items() if old != new})
+        length = found.length if isinstance(images, datasets.IterableDataset) else len(images)
+        is_empty = length == 0 or next(iter(images), None) is None
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"The column {column!r} of {dataset!r} holds no images: {error}") from error
+    if is_empty:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
     fingerprint = {"images": length or None, "names": found.names}
-    return ImageSource(found.name, images, length or None, classes, fingerprint, found.read_from, tuple(found.remarks))
+    about = (found.read_from, found.splits, tuple(found.remarks))
+    return ImageSource(found.name, images, length or None, classes, fingerprint, *about)
 
 
 def _find(dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None) -> Found:
@@ -140,14 +153,15 @@ def _find(dataset: str, split: str | None, whole: bool, streaming: bool, labelle
 
 def _from_save_to_disk(folder: Path, split: str | None, whole: bool, streaming: bool) -> Found:
     saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        chosen = choose_split(split, list(saved), whole) or ""
+    splits = tuple(saved) if isinstance(saved, datasets.DatasetDict) else ()
+    if splits:
+        chosen = choose_split(split, splits, whole) or ""
         saved, folder = saved[chosen], folder / chosen
     else:
         choose_split(split, [], whole)
     names = names_hash([(folder / "state.json").read_text()])
     data = saved.to_iterable_dataset() if streaming else saved
-    return Found("local files", data, names, (os.path.realpath(folder),), len(saved))
+    return Found("local files", data, names, (os.path.realpath(folder),), len(saved), splits)
 
 
 def _has_configurations(folder: Path) -> bool:
@@ -180,7 +194,7 @@ def _from_hub(dataset: str, config: str | None, split: str | None, whole: bool, 
     splits = data.info.splits or {}
     length = splits[split].num_examples if split in splits else None
     part = f"{dataset} {config or ''} {split}"
-    return Found(dataset, data, names_hash([part]), (part,), length)
+    return Found(dataset, data, names_hash([part]), (part,), length, tuple(map(str, splits)))
 
 
 def _digits() -> datasets.Dataset:
@@ -211,12 +225,18 @@ def _image_column(features: datasets.Features | None, dataset: str, wanted: str 
             raise ValueError(f"{dataset!r} has no column {wanted!r}. {nearest(wanted, columns)}")
         return wanted
     found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+    # Tables that were not written by `datasets` don't say that such a structure is an image.
+    found = found or [name for name, feature in (features or {}).items() if _is_structure_of_image(feature)]
     if len(found) != 1:
         raise ValueError(
             f"{dataset!r} has {len(found)} columns of images among its columns ({', '.join(columns)}): say which one "
             f"to use with --image_column."
         )
     return found[0]
+
+
+def _is_structure_of_image(feature: Any) -> bool:
+    return isinstance(feature, dict) and {"bytes", "path"} >= feature.keys() >= {"bytes"}
 
 
 def _label_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
@@ -299,7 +319,8 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     """The images that a recipe trains on, and the evaluation set; with `eval_only` the evaluation set twice.
 
     Raises:
-        ValueError: see `open_source`, `hold_out` and `few_labels`; or the evaluation set has other classes.
+        ValueError: see `open_source`, `hold_out` and `few_labels`; the evaluation set has other classes; or there is
+            only one class.
     """
 
     def labelled(dataset: str, split: str | None, whole: bool) -> ImageSource:
@@ -316,7 +337,12 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
         )
 
     if recipe.eval_fraction is not None:
-        train, judges = hold_out(labelled(recipe.dataset, recipe.split, False), recipe.eval_fraction, recipe.seed)
+        whole = labelled(recipe.dataset, recipe.split, False)
+        train, judges = hold_out(whole, recipe.eval_fraction, recipe.seed)
+        judges = _with_remark(judges, _said_of_shared_images(train, judges))
+        if unused := [name for name in whole.splits if split_kind(name) in ("validation", "test")]:
+            instead = f"{recipe.eval_fraction:g} of the training images, and not the split {' or '.join(unused)}"
+            judges = _with_remark(judges, f"{instead}, which is for --eval_split to name")
     else:
         eval_split = recipe.eval_split
         if recipe.only_evaluates and eval_split is None and recipe.eval_dataset is None and recipe.split != "train":
@@ -335,6 +361,11 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
                 f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
                 f"{train.label_names}."
             ) from error
+    if train.classes is not None and len(train.label_names) < 2:
+        raise ValueError(
+            f"All images of {recipe.dataset!r} are of one class, {train.label_names[0]!r}, so that there is nothing to "
+            f"tell apart: put those of each class in a folder of its name."
+        )
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, judges
@@ -357,4 +388,16 @@ def _apart(train: ImageSource, judges: ImageSource) -> ImageSource:
             f"The evaluation set has to have other images than the training set, but {error} Name another --eval_split "
             f"or --eval_dataset, or take a share of the training images with --eval_fraction."
         ) from error
-    return replace(judges, remarks=(*judges.remarks, remark)) if remark else judges
+    return _with_remark(judges, remark)
+
+
+def _said_of_shared_images(train: ImageSource, judges: ImageSource) -> str:
+    """As a remark, because whoever has taken a share of images that are there twice cannot name another one."""
+    try:
+        return shared_images(train.images, judges.images)
+    except ValueError as error:
+        return str(error).rstrip(".")
+
+
+def _with_remark(source: ImageSource, remark: str) -> ImageSource:
+    return replace(source, remarks=(*source.remarks, remark)) if remark else source

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import run_finetune
 import run_pretrain
@@ -130,6 +132,39 @@ def test_splits__more_than_one_that_may_be_meant_are_named(tmp_path: Path) -> No
 def test_classes_called_like_a_split__are_classes(tmp_path: Path) -> None:
     write_folder(tmp_path, ["train/a.png", "car/b.png", "plane/c.png"])  # vehicles
     assert open_source(str(tmp_path), labelled=True).label_names == ["car", "plane", "train"]
+
+
+@pytest.mark.parametrize("split", ["train+test", "train[:50%]", "val[1:]"])
+def test_part_of_a_split__is_refused_on_this_disk(split: str, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        class_folders(tmp_path / "split" / name)
+    class_folders(tmp_path / "flat")
+    for folder in ("split", "flat"):
+        with pytest.raises(ValueError, match="is read from the Hub only: name one split"):
+            open_source(str(tmp_path / folder), split)
+
+
+def test_eval_fraction__says_that_a_picture_is_on_both_sides(tmp_path: Path) -> None:
+    class_folders(tmp_path, 0, 8)
+    for path in list(tmp_path.rglob("*.png")):
+        shutil.copy(path, path.with_stem(f"{path.stem} again"))
+    _, judges = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
+    assert "evaluation images looked at are training images, too" in judges.summary
+
+
+def test_eval_fraction__says_that_a_split_is_left_unused(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", 0, 4)
+    class_folders(tmp_path / "val", 50, 2)
+    _, judges = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
+    assert "0.25 of the training images, and not the split val" in judges.summary
+    _, judges = open_labelled(recipe(tmp_path / "train", "--eval_fraction", "0.25"))
+    assert "and not the split" not in judges.summary
+
+
+def test_one_class__is_nothing_to_tell_apart(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["cat/a.png", "cat/b.png"])
+    with pytest.raises(ValueError, match=r"are of one class, 'cat', so that there is nothing to tell apart"):
+        open_labelled(recipe(tmp_path, "--eval_fraction", "0.5"))
 
 
 def test_eval_dataset__needs_no_split(tmp_path: Path) -> None:
@@ -271,6 +306,31 @@ def test_splits_of_tables__by_how_their_names_begin_or_end(
             tmp_path / f"{file}.parquet"
         )
     assert {split: open_source(str(tmp_path), split).length for split in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("odd", "streaming"),
+    [("no rows", False), ("other columns", False), ("numbers as images", False), ("numbers as images", True)],
+)
+def test_table_that_cannot_be_used__is_said_in_a_sentence(odd: str, streaming: bool, tmp_path: Path) -> None:
+    write_table().select(range(0 if odd == "no rows" else 6)).to_parquet(tmp_path / "a.parquet")
+    column = None
+    if odd == "other columns":
+        datasets.Dataset.from_dict({"picture": [1], "other": ["b"]}).to_parquet(tmp_path / "b.parquet")
+    elif odd == "numbers as images":
+        pq.write_table(pa.table({"number": [1, 2, 3]}), tmp_path / "a.parquet")
+        column = "number"
+    with pytest.raises(ValueError, match=r"cannot be opened|holds no images"):
+        open_source(str(tmp_path), None, column, streaming)
+
+
+@pytest.mark.parametrize("kind", ["bytes and path", "bytes alone"])
+def test_table_that_does_not_say_what_is_an_image(kind: str, tmp_path: Path) -> None:
+    """As pandas and polars write it, without the metadata of `datasets`."""
+    rows = [{"bytes": encoded(3), "path": "3.png"} if kind == "bytes and path" else {"bytes": encoded(3)}]
+    pq.write_table(pa.table({"photo": pa.array(rows), "embedding": [b"none"]}), tmp_path / "a.parquet")
+    (row,) = open_source(str(tmp_path / "a.parquet")).images
+    assert which(row["image"]) == 3
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP", "TIFF", "BMP", "JPEG2000"])
