@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_hf import MAEModel
+from mae_hf.layers import pool
 from mae_hf.training.augment import eval_transform, train_transform
 from mae_hf.training.baseline import doubts
 from mae_hf.training.data import JudgingImages, LabelledImages, batches, make_schedule, names_of_step
@@ -44,7 +45,6 @@ from mae_hf.training.evaluate import (
     feature_batches,
     frozen_encoder,
     knn_accuracy,
-    pool,
 )
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.files import as_json
@@ -126,7 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
     recipe = folder.recipe
     is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
-    num_tokens = 1 if is_linear or recipe.augment else 1 + config.num_patches  # of an image, that are kept
+    num_tokens = (
+        1 if is_linear or recipe.augment else config.num_prefix_tokens + config.num_patches
+    )  # of an image, that are kept
     check_features_fit(source.length, num_tokens * config.hidden_size)
 
     schedule = make_schedule(
@@ -292,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     bare_probes.eval()
 
     def pooled(seen: Tensor) -> Tensor:
-        return seen if is_linear else pool(seen, recipe.pooling)
+        return seen if is_linear else pool(seen, recipe.pooling, config.num_prefix_tokens)
 
     def judge(images: ImageSource) -> tuple[list[ClassificationMetrics], Tensor, Tensor]:
         """The metrics of each probe; and the pooled features (M, D) with the labels (M,), from the same pass."""

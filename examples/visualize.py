@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining
-from mae_hf.modeling_mae import MAEReconstruction
+from mae_hf.reconstruction import MAEReconstruction
 from mae_hf.training.decode import decode_image
 from mae_hf.training.recipe import absence, checkpoint_normalisation, is_absent_path
 from mae_hf.training.reconstruction import save_picture

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         MAEForPreTrainingOutput,
         MAEModel,
         MAEPreTrainedModel,
-        MAEReconstruction,
     )
+    from .reconstruction import MAEReconstruction
 
 __version__ = "0.1.0"
 
@@ -40,9 +40,9 @@ def __getattr__(name: str) -> Any:
     # takes as long to import as all the rest, and who only reads a configuration needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import modeling_mae
+    from . import modeling_mae, reconstruction
 
-    return getattr(modeling_mae, name)
+    return getattr(reconstruction if name == "MAEReconstruction" else modeling_mae, name)
 
 
 def __dir__() -> list[str]:

@@ -222,6 +222,17 @@ class MAEConfig(PreTrainedConfig):
         rows, columns = self.grid_shape
         return rows * columns
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand before those of the patches: the class token."""
+        return 1
+
+    @property
+    def patch_dim(self) -> int:
+        """P*Q*C, the numbers in a patch."""
+        height, width = self.patch_shape
+        return height * width * self.num_channels
+
     def _check_inherited(self, others: dict[str, Any]) -> None:
         """Check the fields of the base class, before it uses them: dtype, and `others`, as given."""
         values = {"dtype": self.dtype, "id2label": self.id2label, "label2id": self.label2id, **others}

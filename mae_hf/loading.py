@@ -1,4 +1,4 @@
-"""What a checkpoint must be to be loaded: which keys it may have, an intact file, finite weights of the right shape."""
+"""What a checkpoint must be to be loaded: its keys, an intact file, finite weights of the right shape; and saving."""
 
 import json
 import math
@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from .configuration_mae import MAEConfig
 from .patches import resize_position_table
@@ -213,7 +215,7 @@ def resize_checkpoint_tables(
         with safe_open(file, framework="pt") as weights:
             shapes |= {name: weights.get_slice(name).get_shape() for name in weights.offset_keys() if _is_table(name)}
     lengths = {shape[1] if len(shape) == 3 else 0 for shape in shapes.values()}
-    if len(lengths) != 1 or (num_patches := lengths.pop() - 1) < 1:
+    if len(lengths) != 1 or (num_patches := lengths.pop() - config.num_prefix_tokens) < 1:
         return state_dict
     try:
         grid_shape = MAEConfig.from_pretrained(os.path.dirname(files[0])).grid_shape
@@ -233,3 +235,113 @@ def _is_table(name: str) -> bool:
 
 def first_few(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+# What each Auto class makes of a checkpoint of any of the models, with trust_remote_code and without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mae.MAEConfig",
+    "AutoModel": "modeling_mae.MAEModel",
+    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
+    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
+}
+
+
+class CheckpointModel(PreTrainedModel):
+    """Loading that refuses what is damaged or does not fit, and saving whatever wraps the model."""
+
+    def _freeze_position_tables(self) -> None:
+        """Set which position tables are trained, as after `__init__`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen.
+
+        With another `image_size` than the checkpoint's, given here or in a `config`, its position tables are resized.
+
+        Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
+        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.) So are
+        those of a compiled or data-parallel model, whose keys begin with `_orig_mod.` or `module.`.
+
+        What is missing (a decoder, a head, a layer) starts new, with the warning of transformers.
+
+        Raises:
+            OSError: there are no safetensors weights, or the file is damaged.
+            RuntimeError: a weight does not have the shape that the configuration says.
+            ValueError: no weight of the encoder is there, or one has no place in a part that the model has; weights are
+                no finite floating point numbers; or a pickle was asked for.
+        """
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(source, str | os.PathLike):
+            check_shard_index(os.path.join(source, kwargs.get("subfolder") or ""))
+        renamed = {**WRAPPER_KEYS, **(key_mapping or {}), **TRANSFORMERS_KEYS}
+        try:
+            loaded: Any = super().from_pretrained(*args, key_mapping=renamed, output_loading_info=True, **kwargs)
+        except SafetensorError as error:  # which says neither which file nor that it is damaged
+            raise OSError(f"The weights in {source} are damaged: {error}") from error
+        model, loading_info = loaded
+        model._freeze_position_tables()  # loading replaces parameters by new ones that all require gradients
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]  # the other arguments are in kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as transformers does, whatever wraps the model, with code for every Auto class.
+
+        The keys are those of this model, under whichever keys it was loaded: by default transformers would undo the
+        renaming of `from_pretrained`, and a configuration of ours would come with the keys of a ViTMAE. The names that
+        torch.compile and DistributedDataParallel put into keys are taken out.
+
+        Raises:
+            ValueError: the weights are sharded over processes, and no `state_dict` of whole ones is given.
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        of_transformers = kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None)
+        if not of_transformers and any(isinstance(weight, DTensor) for weight in weights.values()):
+            raise ValueError(
+                "The weights are sharded over processes: pass state_dict=accelerator.get_state_dict(model), which "
+                "every process has to call."
+            )
+        weights = {unwrapped(name): weight for name, weight in weights.items()}
+        sharded_class = type(self)
+        own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
+        # The code of somebody's own class transformers saves if it was registered; ours would not come with it.
+        self.config.auto_map = dict(AUTO_MAP) if own_class.__module__ == f"{__package__}.modeling_mae" else None
+        # torch's fully_shard gives a module a class of its own, whose name and code transformers would save.
+        self.__class__ = own_class
+        try:
+            kwargs.setdefault("save_original_format", False)
+            super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
+        finally:
+            self.__class__ = sharded_class
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+    ) -> Any:
+        # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
+        # in their place, for a damaged config.json with all the memory that it asks for.
+        weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+        for file in checkpoint_files or []:
+            check_weights_file(file, weight_names)
+        is_from_files = state_dict is None  # else it was handed over by the caller, who knows what it lacks
+        state_dict = resize_checkpoint_tables(state_dict, checkpoint_files or [], model.config)
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args
+        )
+        check_loaded_weights(model, loading_info, load_config.ignore_mismatched_sizes)
+        if is_from_files:
+            check_loaded_keys(model, loading_info, load_config.pretrained_model_name_or_path)
+        return loading_info, offload_index

@@ -5,57 +5,25 @@ Shapes, here and in comments at the end of lines:
     D encoder width  E decoder width
 """
 
-import inspect
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention
-from .configuration_mae import MAEConfig, nearest
-from .loading import (
-    TRANSFORMERS_KEYS,
-    WRAPPER_KEYS,
-    check_loaded_keys,
-    check_loaded_weights,
-    check_shard_index,
-    check_weights_file,
-    resize_checkpoint_tables,
-    unwrapped,
-)
-from .masking import patch_mask, random_masking, replace_hidden, restore, take, take_hidden
-from .patches import (
-    denormalize_patches,
-    normalize_patches,
-    patchify,
-    resize_position_table,
-    sincos_position_table,
-    unpatchify,
-)
-
-logger = logging.get_logger(__name__)
-
-# What each Auto class makes of a checkpoint of any of the three, with trust_remote_code and without this package.
-AUTO_MAP = {
-    "AutoConfig": "configuration_mae.MAEConfig",
-    "AutoModel": "modeling_mae.MAEModel",
-    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
-    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
-}
+from .configuration_mae import MAEConfig
+from .cross_decoder import MAECrossDecoder
+from .inputs import check_ids_keep, choose_visible, chosen_states, grid_of, refuse_unknown, returns_attentions
+from .layers import MAELayer, pool
+from .loading import CheckpointModel
+from .masking import replace_hidden, restore, take
+from .patches import normalize_patches, patchify, resize_position_table, sincos_position_table
+from .reconstruction import ReconstructionMixin
 
 
 @dataclass
@@ -78,136 +46,6 @@ class MAEForPreTrainingOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     ids_predicted: Tensor | None = None
-
-
-@dataclass
-class MAEReconstruction(ModelOutput):
-    """The four pictures of one pass, each (B, C, H, W) float32; in [0, 1] up to overshoot if mean and std were given.
-
-    image: the input.
-    masked: the input with the hidden patches in the mean colour.
-    reconstruction: every patch as predicted.
-    pasted: the reconstruction with the visible patches of the input pasted in.
-    mask: (B, N) float32, 1 where a patch was hidden.
-    """
-
-    image: Tensor | None = None
-    masked: Tensor | None = None
-    reconstruction: Tensor | None = None
-    pasted: Tensor | None = None
-    mask: Tensor | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer blocks, the same in encoder and decoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def dropout(probability: float) -> nn.Module:
-    """Dropout, or nothing at all at probability 0: torch's own would still draw a mask for every activation."""
-    return nn.Dropout(probability) if probability else nn.Identity()
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop the branch of a whole image with this probability and rescale the rest."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training:
-            return branch
-        keep = 1 - self.probability
-        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
-        return branch * branch.new_empty(shape).bernoulli_(keep) / keep
-
-
-def as_autocast(tokens: Tensor) -> Tensor:
-    """Under autocast, tokens in its dtype: every linear layer that reads them would keep such a copy of its own."""
-    device = tokens.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tokens.dtype == torch.float32:
-        return tokens.to(torch.get_autocast_dtype(device))
-    return tokens
-
-
-class MAEAttention(nn.Module):
-    """Multi-head attention of tokens (B, T, width) to a context (B, S, width), or to themselves."""
-
-    def __init__(self, config: MAEConfig, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim = width // num_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # read by transformers' attention functions
-        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, width)
-
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        batch, length, width = hidden_states.shape
-        hidden_states = as_autocast(hidden_states)
-        context = hidden_states if context is None else as_autocast(context)
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-        key = self.k_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        # transformers lets the implementation be changed only where it finds this very call in the model's module.
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        probability = self.config.attention_probs_dropout_prob if self.training else 0.0
-        mixed, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=probability)
-        return self.o_proj(mixed.reshape(batch, length, width)), weights
-
-
-class MAEMLP(nn.Module):
-    def __init__(self, config: MAEConfig, width: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, intermediate_size)
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(intermediate_size, width)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
-class MAELayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block: tokens (B, T, width) -> the same shape, and the attention weights if eager.
-
-    The tokens attend to one another, or, where a context (B, S, width) is given, to that alone.
-    """
-
-    def __init__(
-        self, config: MAEConfig, width: int, num_heads: int, intermediate_size: int, drop_path_rate: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = MAEAttention(config, width, num_heads)
-        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MAEMLP(config, width, intermediate_size)
-        self.dropout = dropout(config.hidden_dropout_prob)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attention(self.layernorm_before(hidden_states), context)
-        hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
-        expanded = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.dropout(expanded))
-        return hidden_states, weights
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder side and decoder side
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def chosen_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
-    """Which of `count` hidden states an `output_hidden_states` means: all, none, or indices, negative from the end."""
-    if output_hidden_states is None or isinstance(output_hidden_states, bool):
-        return set(range(count)) if output_hidden_states else set()
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {i % count for i in indices if -count <= i < count}
 
 
 class MAEPatchEmbeddings(nn.Module):
@@ -236,13 +74,15 @@ class MAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embeddings = MAEPatchEmbeddings(config)
         # Not a buffer: fine-tuning trains it, and every published checkpoint contains it.
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+        num_positions = config.num_prefix_tokens + config.num_patches
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
 
     def forward(
         self, patches: Tensor, ids_keep: Tensor | None, mask_token: Tensor | None, grid_shape: tuple[int, int]
     ) -> Tensor:
+        prefix = self.config.num_prefix_tokens
         positions = resize_position_table(self.position_embeddings, self.config.grid_shape, grid_shape)
-        patch_positions = positions[:, 1:].expand(patches.shape[0], -1, -1)  # (B, N, D)
+        patch_positions = positions[:, prefix:].expand(patches.shape[0], -1, -1)  # (B, N, D)
         ids_keep = None if ids_keep is None else ids_keep.to(patches.device)
         if ids_keep is not None and mask_token is None:
             patches, patch_positions = take(patches, ids_keep), take(patch_positions, ids_keep)  # (B, V, ...)
@@ -250,64 +90,49 @@ class MAEEmbeddings(nn.Module):
         if ids_keep is not None and mask_token is not None:
             tokens = replace_hidden(tokens, mask_token, ids_keep)
         tokens = tokens + patch_positions
-        cls = (self.cls_token + positions[:, :1]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        cls = (self.cls_token + positions[:, :prefix]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([cls, tokens], dim=1)  # (B, 1 + V, D)
 
 
 class MAEDecoder(nn.Module):
-    """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder").
-
-    With `decoder_type="cross"`, to those of `ids_predicted`: a mask token for each of them attends to the latents, and
-    to no other mask token (CrossMAE, without its mixing of the encoder's layers).
-    """
+    """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder")."""
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
         self.config = config
         width = config.decoder_hidden_size
-        patch_height, patch_width = config.patch_shape
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         # An encoder that sees mask tokens has a latent for every patch, and leaves nothing to fill in here.
         needs_mask_token = not config.mask_tokens_in_encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if needs_mask_token else None
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.num_prefix_tokens + config.num_patches, width))
         self.decoder_layers = nn.ModuleList(
             MAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
             for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(width, patch_height * patch_width * config.num_channels)
+        self.decoder_pred = nn.Linear(width, config.patch_dim)
 
-    def forward(
-        self, latent: Tensor, ids_restore: Tensor, ids_predicted: Tensor | None, grid_shape: tuple[int, int]
-    ) -> Tensor:
-        positions = resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
-        tokens, context = self.decoder_embed(latent), None  # (B, 1 + V, E)
-        if ids_predicted is not None and self.mask_token is not None:
-            context = tokens
-            tokens = self.mask_token + take(positions[:, 1:].expand(len(latent), -1, -1), ids_predicted)  # (B, n, E)
-        else:
-            if self.mask_token is not None:
-                patches = restore(tokens[:, 1:], self.mask_token, ids_restore)  # (B, N, E)
-                tokens = torch.cat([tokens[:, :1], patches], dim=1)
-            tokens = tokens + positions
+    def ids_predicted(self, ids_restore: Tensor, num_visible: int, is_random: bool) -> None:
+        """All patches, in raster order."""
+
+    def forward(self, latent: Tensor, ids_restore: Tensor, ids_predicted: None, grid_shape: tuple[int, int]) -> Tensor:
+        prefix = self.config.num_prefix_tokens
+        tokens = self.decoder_embed(latent)  # (B, 1 + V, E)
+        if self.mask_token is not None:
+            patches = restore(tokens[:, prefix:], self.mask_token, ids_restore)  # (B, N, E)
+            tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
+        tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid_shape, grid_shape)
         for layer in self.decoder_layers:
-            tokens, _ = layer(tokens, context)
-        if context is None:
-            tokens = tokens[:, 1:]  # without the class token
-        return self.decoder_pred(self.decoder_norm(tokens))  # (B, N or n, PQC)
+            tokens, _ = layer(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens[:, prefix:]))  # (B, N, PQC)
 
 
 class MAEClassifier(nn.Linear):
     """The classification head; a class of its own because its initialisation is not that of other linear layers."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class MAEPreTrainedModel(PreTrainedModel):
+class MAEPreTrainedModel(CheckpointModel):
     """What the three models share: configuration, initialisation, and what transformers asks of a model."""
 
     config: MAEConfig
@@ -328,107 +153,11 @@ class MAEPreTrainedModel(PreTrainedModel):
 
     trains_position_table = False
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        *args: Any,
-        key_mapping: dict[str, str] | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a model as transformers does, from a folder or the Hub; the fixed position tables stay frozen.
-
-        With another `image_size` than the checkpoint's, given here or in a `config`, its position tables are resized.
-
-        Checkpoints of transformers' ViTMAE and ViT are read like our own, whichever of their layouts they have. (An
-        Auto class takes them for transformers' own, unless it is given `config=MAEConfig.from_pretrained(...)`.) So are
-        those of a compiled or data-parallel model, whose keys begin with `_orig_mod.` or `module.`.
-
-        What is missing (a decoder, a head, a layer) starts new, with the warning of transformers.
-
-        Raises:
-            OSError: there are no safetensors weights, or the file is damaged.
-            RuntimeError: a weight does not have the shape that the configuration says.
-            ValueError: no weight of the encoder is there, or one has no place in a part that the model has; weights are
-                no finite floating point numbers; or a pickle was asked for.
-        """
-        if kwargs.setdefault("use_safetensors", True) is False:
-            raise ValueError("Only safetensors are loaded, because a pickle can run code: leave out use_safetensors.")
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if isinstance(source, str | os.PathLike):
-            check_shard_index(os.path.join(source, kwargs.get("subfolder") or ""))
-        renamed = {**WRAPPER_KEYS, **(key_mapping or {}), **TRANSFORMERS_KEYS}
-        try:
-            loaded: Any = super().from_pretrained(*args, key_mapping=renamed, output_loading_info=True, **kwargs)
-        except SafetensorError as error:  # which says neither which file nor that it is damaged
-            raise OSError(f"The weights in {source} are damaged: {error}") from error
-        model, loading_info = loaded
-        # Loading replaces parameters by new ones that all require gradients.
-        model._freeze_position_tables()
-        return (model, loading_info) if output_loading_info else model
-
-    def save_pretrained(  # type: ignore[override]  # the other arguments are in kwargs
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save as transformers does, whatever wraps the model, with code for every Auto class.
-
-        The keys are those of this model, under whichever keys it was loaded: by default transformers would undo the
-        renaming of `from_pretrained`, and a configuration of ours would come with the keys of a ViTMAE. The names that
-        torch.compile and DistributedDataParallel put into keys are taken out.
-
-        Raises:
-            ValueError: the weights are sharded over processes, and no `state_dict` of whole ones is given.
-        """
-        weights = self.state_dict() if state_dict is None else state_dict
-        of_transformers = kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None)
-        if not of_transformers and any(isinstance(weight, DTensor) for weight in weights.values()):
-            raise ValueError(
-                "The weights are sharded over processes: pass state_dict=accelerator.get_state_dict(model), which "
-                "every process has to call."
-            )
-        weights = {unwrapped(name): weight for name, weight in weights.items()}
-        sharded_class = type(self)
-        own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
-        if own_class.__module__ == __name__:
-            self.config.auto_map = dict(AUTO_MAP)
-        else:  # somebody's own class, whose code transformers saves if it was registered; ours would not come with it
-            self.config.auto_map = None
-        # torch's fully_shard gives a module a class of its own, whose name and code transformers would save.
-        self.__class__ = own_class
-        try:
-            kwargs.setdefault("save_original_format", False)
-            super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
-        finally:
-            self.__class__ = sharded_class
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
-    ) -> Any:
-        # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
-        # in their place, for a damaged config.json with all the memory that it asks for.
-        weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-        for file in checkpoint_files or []:
-            check_weights_file(file, weight_names)
-        is_from_files = state_dict is None  # else it was handed over by the caller, who knows what it lacks
-        state_dict = resize_checkpoint_tables(state_dict, checkpoint_files or [], model.config)
-        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args
-        )
-        check_loaded_weights(model, loading_info, load_config.ignore_mismatched_sizes)
-        if is_from_files:
-            check_loaded_keys(model, loading_info, load_config.pretrained_model_name_or_path)
-        return loading_info, offload_index
-
     def _freeze_position_tables(self) -> None:
         for module in self.modules():
             if isinstance(module, MAEEmbeddings):
                 module.position_embeddings.requires_grad_(self.trains_position_table)
-            elif isinstance(module, MAEDecoder):
+            elif isinstance(module, MAEDecoder | MAECrossDecoder):
                 module.decoder_pos_embed.requires_grad_(False)
 
     @torch.no_grad()
@@ -455,44 +184,13 @@ class MAEPreTrainedModel(PreTrainedModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.hidden_size, self.config.grid_shape)
             init.copy_(module.position_embeddings, table)
-        elif isinstance(module, MAEDecoder):
+        elif isinstance(module, MAEDecoder | MAECrossDecoder):
             if module.mask_token is not None:
                 init.normal_(module.mask_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid_shape)
             init.copy_(module.decoder_pos_embed, table)
         elif isinstance(module, MAEForPreTraining) and module.encoder_mask_token is not None:
             init.normal_(module.encoder_mask_token, std=self.config.initializer_range)
-
-    def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
-        """Refuse what `forward` does not know. `None` is let through: wrappers of other libraries hand it on."""
-        for name, value in arguments.items():
-            if value is not None:
-                known = [name for name in inspect.signature(type(self).forward).parameters if name != "kwargs"]
-                raise TypeError(
-                    f"{type(self).__name__}.forward() got an unexpected argument {name!r}. {nearest(name, known)}"
-                )
-
-    def _grid_shape(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
-        """(rows, columns) of the patches of these images, once the images are known to fit the model."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must be (batch, {self.config.num_channels} channels, height, width), but is "
-                f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the configuration."
-            )
-        (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.config.patch_shape
-        # In this order: an export for any size must not compare it with that of the configuration.
-        if not interpolate_pos_encoding and (height, width) != self.config.image_shape:
-            raise ValueError(
-                f"The images are {height}x{width}, the model was built for "
-                f"{self.config.image_shape[0]}x{self.config.image_shape[1]}: resize them, or pass "
-                f"interpolate_pos_encoding=True to run on another size."
-            )
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"The images are {height}x{width}, which does not divide into patches of "
-                f"{patch_height}x{patch_width}: crop or resize them to a multiple."
-            )
-        return height // patch_height, width // patch_width
 
 
 class MAEModel(MAEPreTrainedModel):
@@ -555,71 +253,55 @@ class MAEModel(MAEPreTrainedModel):
             TypeError: an argument is unknown.
             ValueError: the images do not fit the model, or the ids not the images.
         """
-        self._refuse_unknown(kwargs)
-        if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != pixel_values.shape[0]):
-            raise ValueError(
-                f"ids_keep is {tuple(ids_keep.shape)}, but must be (batch, visible) of {len(pixel_values)} images."
-            )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            logger.warning_once(
-                f"attn_implementation {self.config._attn_implementation!r} does not return attention weights: use "
-                f"model.set_attn_implementation('eager') to see them."
-            )
-            output_attentions = False
-        grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
+        refuse_unknown(self, kwargs)
+        grid_shape = grid_of(pixel_values, self.config, interpolate_pos_encoding)
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
+        return self.encode(patches, grid_shape, ids_keep, mask_token, output_hidden_states, output_attentions)
+
+    def encode(
+        self,
+        patches: Tensor,
+        grid_shape: tuple[int, int],
+        ids_keep: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """`forward` for images that are patches (B, N, PQC) already, of a grid (rows, columns)."""
+        check_ids_keep(ids_keep, patches.shape[0])
+        with_attentions = returns_attentions(output_attentions, self.config)
         tokens = self.embeddings(patches, ids_keep, mask_token, grid_shape)  # (B, 1 + V, D)
 
         # Kept only if asked for: without gradients, a list would hold every layer's output in memory to the end.
-        wanted = chosen_states(output_hidden_states, 1 + len(self.layers))
+        wanted = chosen_states(output_hidden_states, self.config)
         hidden_states: tuple[Tensor | None, ...] = (tokens if 0 in wanted else None,)
         attentions: tuple[Tensor, ...] = ()
         for i, layer in enumerate(self.layers, 1):
             tokens, weights = layer(tokens)
             hidden_states += (tokens if i in wanted else None,)
-            if output_attentions:
+            if with_attentions:
                 attentions += (weights,)
 
         tokens = self.layernorm(tokens)
-        pooled = tokens[:, 1:].mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0]
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
-            pooler_output=pooled,
+            pooler_output=pool(tokens, self.config.pooling, self.config.num_prefix_tokens),
             hidden_states=hidden_states if wanted else None,  # type: ignore[arg-type]  # without None, says transformers
-            attentions=attentions if output_attentions else None,
+            attentions=attentions if with_attentions else None,
         )
 
 
-class MAEForPreTraining(MAEPreTrainedModel):
+class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
     """The masked autoencoder: encode the visible patches, decode all, compare the hidden ones."""
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
         self.vit = MAEModel(config)
-        self.decoder = MAEDecoder(config)
+        self.decoder = MAECrossDecoder(config) if config.decoder_type == "cross" else MAEDecoder(config)
         with_tokens = config.mask_tokens_in_encoder
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if with_tokens else None
-        self._was_loaded_without_decoder = False
         self.post_init()
         self._freeze_position_tables()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """See `MAEPreTrainedModel`. From an encoder alone, the decoder starts random and `reconstruct` refuses."""
-        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # A decoder that was saved as it begins is one that was missing before.
-        bias = model.decoder.decoder_pred.bias
-        model._was_loaded_without_decoder = not bias.is_meta and not bias.any()
-        return (model, loading_info) if output_loading_info else model
-
-    @property
-    def decoder_is_random(self) -> bool:
-        """Whether the checkpoint had no trained decoder, and there is none since: its last bias is still zero."""
-        return self._was_loaded_without_decoder and not self.decoder.decoder_pred.bias.any()
 
     @can_return_tuple
     def forward(
@@ -655,23 +337,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
             TypeError: an argument is unknown.
             ValueError: the images, the noise or the mask do not fit, or nothing would be visible or hidden.
         """
-        self._refuse_unknown(kwargs)
-        grid_shape = self._grid_shape(pixel_values, bool(interpolate_pos_encoding))
-        ids_keep, ids_restore, mask = self._choose_visible(
-            pixel_values, grid_shape, noise, bool_masked_pos, mask_ratio, generator
+        refuse_unknown(self, kwargs)
+        grid_shape = grid_of(pixel_values, self.config, interpolate_pos_encoding)
+        patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
+        ids_keep, ids_restore, mask = choose_visible(
+            pixel_values, grid_shape, self.config, noise, bool_masked_pos, mask_ratio, generator
         )
-        encoded = self.vit(
-            pixel_values,
-            ids_keep=ids_keep,
-            mask_token=self.encoder_mask_token,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
+        encoded = self.vit.encode(
+            patches, grid_shape, ids_keep, self.encoder_mask_token, output_hidden_states, output_attentions
         )
-        ids_predicted = self._choose_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
+        ids_predicted = self.decoder.ids_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)
-        loss = self._reconstruction_loss(pixel_values, logits, mask, ids_predicted) if return_loss else None
+        loss = self._reconstruction_loss(patches, logits, mask, ids_predicted) if return_loss else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -682,135 +359,16 @@ class MAEForPreTraining(MAEPreTrainedModel):
             ids_predicted=ids_predicted,
         )
 
-    def _choose_visible(
-        self,
-        pixel_values: Tensor,
-        grid_shape: tuple[int, int],
-        noise: Tensor | None,
-        bool_masked_pos: Tensor | None,
-        mask_ratio: float | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids_keep, ids_restore and mask, see `random_masking`."""
-        shape = (pixel_values.shape[0], grid_shape[0] * grid_shape[1])
-        if bool_masked_pos is not None:
-            if noise is not None or mask_ratio is not None:
-                raise ValueError(
-                    "bool_masked_pos already says what is hidden: pass neither noise nor mask_ratio with it."
-                )
-            mask_size, image_size = tuple(bool_masked_pos.shape[-2:]), tuple(pixel_values.shape[-2:])
-            if bool_masked_pos.ndim > 2 and mask_size != image_size:  # of as many patches perhaps, but of others
-                raise ValueError(
-                    f"The mask of pixels is (height, width) = {mask_size}, but the images are {image_size}."
-                )
-            # On the CPU, so that a mask on another device is waited for once, and not for every look at its values.
-            hidden = patch_mask(bool_masked_pos.cpu(), self.config.patch_shape)
-            num_visible = hidden.shape[1] - int(hidden[0].sum())
-            noise = hidden.float()  # sorted by "is hidden", the visible patches come first
-            if len(noise) == 1:
-                noise = noise.expand(shape[0], -1)
-        else:
-            num_visible = self.config.num_visible_patches(shape[1], mask_ratio)
-            if noise is None:
-                device = pixel_values.device if generator is None else generator.device
-                noise = torch.rand(shape, generator=generator, device=device)
-        if noise.shape != shape:
-            raise ValueError(
-                f"The mask or noise is {tuple(noise.shape)}, but the images have (batch, patches) = {shape}."
-            )
-        return random_masking(noise.to(pixel_values.device), num_visible)
-
-    def _choose_predicted(self, ids_restore: Tensor, num_visible: int, is_random: bool) -> Tensor | None:
-        """ids (B, n) of the patches that a "cross" decoder predicts: of the hidden ones in training, else of all.
-
-        A mask of the caller's own has no random order, in which the first ones would be a fair part.
-        """
-        if self.config.decoder_type == "self":
-            return None
-        batch, num_patches = ids_restore.shape
-        if not self.training:
-            return torch.arange(num_patches, device=ids_restore.device).expand(batch, -1)
-        ratio = self.config.prediction_ratio if is_random else 1
-        return take_hidden(ids_restore, num_visible, max(1, round(ratio * (num_patches - num_visible))))
-
     def _reconstruction_loss(
-        self, pixel_values: Tensor, logits: Tensor, mask: Tensor, ids_predicted: Tensor | None
+        self, patches: Tensor, logits: Tensor, mask: Tensor, ids_predicted: Tensor | None
     ) -> Tensor:
         """Mean over the hidden patches of the mean squared error of their pixels, always in float32."""
-        target = patchify(pixel_values, self.config.patch_shape)
+        target = patches
         if ids_predicted is not None:
             target, mask = take(target, ids_predicted), mask.gather(1, ids_predicted)
         target = normalize_patches(target) if self.config.norm_pix_loss else target.float()
         patch_loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
         return (patch_loss * mask).sum() / mask.sum()
-
-    def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, N, P*Q*C), with the checks of `forward`."""
-        self._grid_shape(pixel_values, interpolate_pos_encoding)
-        return patchify(pixel_values, self.config.patch_shape)
-
-    def unpatchify(self, patchified_pixel_values: Tensor, original_image_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, P*Q*C) -> (B, C, H, W); `original_image_size` (H, W) if it is not the configuration's."""
-        height, width = original_image_size or self.config.image_shape
-        patch_height, patch_width = self.config.patch_shape
-        grid_shape = (height // patch_height, width // patch_width)
-        return unpatchify(patchified_pixel_values, (patch_height, patch_width), grid_shape)
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        pixel_values: Tensor,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        **masking: Any,
-    ) -> MAEReconstruction:
-        """Pictures of what the model makes of partly hidden images (Fig. 2 to 4).
-
-        Args:
-            pixel_values: (B, C, H, W) normalised images.
-            image_mean, image_std: of the image processor, one value a channel; they undo the normalisation. Without
-                them the pictures keep the units of `pixel_values`.
-            **masking: `noise`, `bool_masked_pos`, `mask_ratio`, `generator`, `interpolate_pos_encoding` of `forward`.
-
-        Returns:
-            image, masked, reconstruction and pasted, each (B, C, H, W), and the mask. Where `norm_pix_loss`,
-            predictions get the mean and deviation of the true patch back, as in the paper's figures.
-
-        Raises:
-            ValueError: the checkpoint had no decoder, one of mean and std is missing, or the images or the mask do not
-                fit.
-        """
-        if self.decoder_is_random:
-            raise ValueError(
-                "The checkpoint has no trained decoder, so the decoder is random and its pictures would show nothing: "
-                "load a checkpoint with a decoder, or pre-train this one first."
-            )
-        if (image_mean is None) != (image_std is None):
-            raise ValueError("image_mean and image_std undo the normalisation together: pass both, or neither.")
-        was_training = self.training
-        self.eval()  # in training, a "cross" decoder predicts a part
-        try:
-            output = self(pixel_values, return_dict=True, **masking)
-        finally:
-            self.train(was_training)
-        patches = patchify(pixel_values, self.config.patch_shape).float()
-        predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()
-        hidden = output.mask.unsqueeze(-1).bool()  # (B, N, 1)
-
-        def picture(patches: Tensor) -> Tensor:
-            images = self.unpatchify(patches, (pixel_values.shape[2], pixel_values.shape[3]))
-            if image_mean is None or image_std is None:
-                return images
-            mean, std = images.new_tensor(image_mean), images.new_tensor(image_std)
-            return images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-
-        return MAEReconstruction(
-            image=picture(patches),
-            masked=picture(patches.masked_fill(hidden, 0)),
-            reconstruction=picture(predicted),
-            pasted=picture(torch.where(hidden, predicted, patches)),
-            mask=output.mask,
-        )
 
 
 class MAEForImageClassification(MAEPreTrainedModel):
@@ -833,14 +391,6 @@ class MAEForImageClassification(MAEPreTrainedModel):
         self.classifier = MAEClassifier(config.hidden_size, self.num_labels)
         self.post_init()
         self._freeze_position_tables()
-
-    def layer_of(self, parameter_name: str) -> int:
-        """Which layer a parameter belongs to: 0 the embeddings, 1 to depth the blocks, depth + 1 what follows them."""
-        if parameter_name.startswith("vit.embeddings."):
-            return 0
-        if parameter_name.startswith("vit.layers."):
-            return 1 + int(parameter_name.split(".")[2])
-        return 1 + self.config.num_hidden_layers
 
     @can_return_tuple
     def forward(
@@ -868,7 +418,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
             TypeError: an argument is unknown.
             ValueError: the images do not fit the model.
         """
-        self._refuse_unknown(kwargs)
+        refuse_unknown(self, kwargs)
         encoded = self.vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,

@@ -69,7 +69,7 @@ def sincos_position_table(width: int, grid_shape: tuple[int, int], device: torch
         device: where to compute.
 
     Returns:
-        (1, 1 + rows * columns, D) float32; the first row, the class token's, is zero.
+        (1, 1 + rows * columns, D) float32; the row of the prefix token, the class token, is zero.
     """
     rows, columns = grid_shape
     # float64, so that the table is the same on every device to the last bit of float32; MPS has none.
@@ -103,6 +103,7 @@ def resize_position_table(table: Tensor, grid_shape: tuple[int, int], new_grid_s
     # A side that an export leaves open is no int, and must not be compared: that would fix it.
     if all(isinstance(side, int) for side in new_grid_shape) and tuple(new_grid_shape) == grid_shape:
         return table
-    patches = table[:, 1:].float().reshape(1, *grid_shape, -1).permute(0, 3, 1, 2)
+    num_prefix_tokens = table.shape[1] - grid_shape[0] * grid_shape[1]
+    patches = table[:, num_prefix_tokens:].float().reshape(1, *grid_shape, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(patches, size=new_grid_shape, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    return torch.cat([table[:, :num_prefix_tokens], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

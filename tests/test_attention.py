@@ -7,7 +7,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel
-from mae_hf.attention import sdpa_attention
+from mae_hf.layers import sdpa_attention
 
 CONFIG = tiny_config()
 IMAGES, NOISE = random_images(CONFIG), random_noise(CONFIG)

@@ -28,7 +28,10 @@ from transformers import (
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from mae_hf.training.augment import image_processor
 
-CODE = {"attention.py", "configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
+CODE = {
+    *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
+    *("modeling_mae.py", "patches.py", "reconstruction.py"),
+}
 MODELS = [
     (MAEModel, AutoModel),
     (MAEForPreTraining, AutoModelForPreTraining),

@@ -30,7 +30,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOut
 
 import mae_hf
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
-from mae_hf.modeling_mae import DropPath
+from mae_hf.layers import DropPath
 from mae_hf.patches import normalize_patches, patchify
 
 MODELS = [MAEModel, MAEForPreTraining, MAEForImageClassification]
@@ -376,7 +376,7 @@ def test_hidden_states_and_attentions(model_class: type, caplog: pytest.LogCaptu
     for weights in output.attentions:
         assert torch.allclose(weights.sum(-1), torch.ones(()))
     model.set_attn_implementation("sdpa")
-    logging.getLogger("mae_hf.modeling_mae").warning_once.cache_clear()
+    logging.getLogger("mae_hf.inputs").warning_once.cache_clear()
     assert model(IMAGES, output_attentions=True).attentions is None
     assert "'sdpa' does not return attention weights" in caplog.text
 
@@ -627,7 +627,7 @@ def test_autocast__target_and_loss_in_float32(dtype: torch.dtype) -> None:
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
     # The loss of these very logits, in float32 from there on.
-    assert output.loss == model._reconstruction_loss(IMAGES, output.logits.float(), output.mask, None)
+    assert output.loss == model._reconstruction_loss(model.patchify(IMAGES), output.logits.float(), output.mask, None)
     assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
 
 
@@ -891,7 +891,10 @@ def test_auto_classes__find_the_models_and_the_checkpoint_carries_its_code(tmp_p
     assert isinstance(AutoModel.from_pretrained(tmp_path), MAEModel)
     assert isinstance(AutoModelForImageClassification.from_pretrained(tmp_path), MAEForImageClassification)
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
-    code = {"attention.py", "configuration_mae.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py"}
+    code = {
+        *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
+        *("modeling_mae.py", "patches.py", "reconstruction.py"),
+    }
     assert {path.name for path in tmp_path.glob("*.py")} == code
 
 

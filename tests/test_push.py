@@ -29,8 +29,8 @@ SMALL = [
 ]
 FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.jsonl"),
-    *("versions.json", "reconstruction.png", "attention.py", "configuration_mae.py", "loading.py"),
-    *("masking.py", "modeling_mae.py", "patches.py"),
+    *("versions.json", "reconstruction.png", "configuration_mae.py", "cross_decoder.py"),
+    *("inputs.py", "layers.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py", "reconstruction.py"),
 }
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),

@@ -11,7 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from mae_hf.modeling_mae import MAEReconstruction
+from mae_hf.reconstruction import MAEReconstruction
 from mae_hf.training import recipe
 from mae_hf.training.reconstruction import save_picture
 

@@ -113,7 +113,7 @@ def fingerprint(run: Path) -> str:
     total = hashlib.sha256((run / "model.safetensors").read_bytes())
     newest = max((run / "checkpoints").glob("step-*"))
     for name in ("model.safetensors", "optimizer.bin", "progress.json"):
-        total.update((newest / name).read_bytes())
+        total.update((newest / name).read_bytes().replace(str(run.parent).encode(), b""))  # which is new every time
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         total.update(f"{record['step']} {record['loss']!r} {record['lr']!r}".encode())

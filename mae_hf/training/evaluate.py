@@ -140,11 +140,6 @@ def encode_images(
     return extract_features(encode, images, batch_size, num_workers)
 
 
-def pool(tokens: Tensor, pooling: str) -> Tensor:
-    """The `pooler_output` of `MAEModel` from its tokens: (M, 1 + N, D) -> (M, D)."""
-    return tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens[:, 0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What needs no training: k nearest neighbours
 # ---------------------------------------------------------------------------------------------------------------------

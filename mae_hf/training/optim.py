@@ -25,6 +25,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+def layer_of(parameter_name: str, depth: int) -> int:
+    """Which layer a parameter belongs to: 0 the embeddings, 1 to depth the blocks, depth + 1 what follows them."""
+    if parameter_name.startswith("vit.embeddings."):
+        return 0
+    if parameter_name.startswith("vit.layers."):
+        return 1 + int(parameter_name.split(".")[2])
+    return 1 + depth
+
+
 def layerwise_groups(model: MAEForImageClassification, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters by layer, each layer slower than the one above it (Appendix A.1, "layer-wise lr decay").
 
@@ -33,7 +42,7 @@ def layerwise_groups(model: MAEForImageClassification, weight_decay: float, laye
     with `lr_at`. Biases, norms, class token and position table are not decayed.
 
     Args:
-        model: says which layer a parameter belongs to; frozen parameters are left out.
+        model: frozen parameters are left out.
         weight_decay: of matrices.
         layer_decay: 1 for the same learning rate everywhere.
     """
@@ -42,7 +51,7 @@ def layerwise_groups(model: MAEForImageClassification, weight_decay: float, laye
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = model.layer_of(name)
+        layer = layer_of(name, model.config.num_hidden_layers)
         is_decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
         group = groups.setdefault((layer, is_decayed), {"params": []})
         group["params"].append(parameter)
@@ -66,7 +75,7 @@ def freeze(model: MAEForImageClassification, blocks: float) -> None:
     if not 0 <= blocks <= depth or blocks % 0.5:
         raise ValueError(f"freeze must be between 0 and the {depth} blocks of the model in halves, but is {blocks}.")
     for name, parameter in model.named_parameters():
-        layer = model.layer_of(name)
+        layer = layer_of(name, model.config.num_hidden_layers)
         in_second_half = ".layernorm_after." in name or ".mlp." in name
         if layer <= blocks or (layer == blocks + 0.5 and not in_second_half):
             parameter.requires_grad_(False)

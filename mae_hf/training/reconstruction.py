@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..modeling_mae import MAEReconstruction
+from ..reconstruction import MAEReconstruction
 
 SMALLEST_SIDE = 96
 TITLES = ("image", "masked", "reconstruction", "pasted")

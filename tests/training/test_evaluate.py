@@ -9,6 +9,7 @@ from tiny import max_difference, scramble, seeded, tiny_config
 from torch import Tensor
 
 from mae_hf import MAEForPreTraining, MAEModel
+from mae_hf.layers import pool
 from mae_hf.training import evaluate
 from mae_hf.training.augment import Normalize, eval_transform
 from mae_hf.training.data import LabelledImages, Schedule, batches
@@ -22,7 +23,6 @@ from mae_hf.training.evaluate import (
     knn_accuracy,
     knn_logits,
     linear_probe,
-    pool,
 )
 from mae_hf.training.metrics import classification_metrics
 from mae_hf.training.sources import ImageSource, open_source, select
@@ -69,7 +69,7 @@ def test_features__are_those_of_one_image_after_the_other(pooling: str, digits: 
         assert max_difference(norm, output.last_hidden_state) == 0  # behind the encoder's own norm
         assert max_difference(output.pooler_output[0], feature) < 1e-5
     assert tokens.shape == (17, 17, 32)
-    assert max_difference(pool(tokens, pooling), features) < 1e-5
+    assert max_difference(pool(tokens, pooling, 1), features) < 1e-5
     assert not features.requires_grad
 
 
