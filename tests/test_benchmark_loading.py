@@ -1,4 +1,4 @@
-"""examples/benchmark_loading.py, run for real on a few small images."""
+"""examples/benchmarks/benchmark_loading.py, run for real on a few small images."""
 
 from pathlib import Path
 

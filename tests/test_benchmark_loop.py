@@ -1,4 +1,4 @@
-"""examples/benchmark_loop.py ends with the figures that it promises."""
+"""examples/benchmarks/benchmark_loop.py ends with the figures that it promises."""
 
 import json
 import math

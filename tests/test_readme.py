@@ -28,11 +28,11 @@ def test_first_python_block__runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_map__has_every_file() -> None:
-    files = [*ROOT.glob("mae_hf/*.py"), *ROOT.glob("mae_hf/training/*.py"), *ROOT.glob("examples/*.py")]
+    files = [*ROOT.glob("mae_hf/*.py"), *ROOT.glob("mae_hf/training/*.py"), *ROOT.glob("examples/**/*.py")]
     for file in files:
         if file.name != "__init__.py":
             assert f"`{file.relative_to(ROOT)}`" in README, file
-    for path in ROOT.glob("examples/recipes/*.yaml"):
+    for path in ROOT.glob("examples/**/recipes/*.yaml"):
         assert f"`{path.stem}`" in README, path
 
 
@@ -52,7 +52,7 @@ def commands() -> list[str]:
     """Each command that starts a training script: in README's blocks, the scripts' heads and those of the recipes."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     scripts = [ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("examples/run_*.py")]
-    recipes = [path.read_text() for path in ROOT.glob("examples/recipes/*.yaml")]
+    recipes = [path.read_text() for path in ROOT.glob("examples/**/recipes/*.yaml")]
     text = re.sub(r"\\\n[# ]*", "", "\n".join([*blocks, *scripts, *recipes]))
     lines = re.findall(
         r"^(?:# Command)?.*?((?:accelerate launch|torchrun) .*examples/run_.*?\.py.*?)(?: #.*)?$", text, re.M

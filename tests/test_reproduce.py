@@ -29,14 +29,14 @@ from mae_hf.training.augment import image_processor
 from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe, ProbeRecipe, parse_recipe
 from mae_hf.training.sources import open_source
 
-EXAMPLES = Path(reproduce.__file__).parent
+EXAMPLES = reproduce.EXAMPLES
 DATA, RUNS = Path("data"), Path("runs")
 RECIPE_OF_SCRIPT = {
     "run_pretrain.py": PretrainRecipe,
     "run_finetune.py": FinetuneRecipe,
     "run_linear_probe.py": ProbeRecipe,
-    "vit_mae.py": PretrainRecipe,
-    "baselines.py": ProbeRecipe,
+    "benchmarks/vit_mae.py": PretrainRecipe,
+    "reproduce/baselines.py": ProbeRecipe,
 }
 
 
@@ -148,7 +148,7 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
             continue  # takes no recipe
         first = next(index for index, word in enumerate(words) if word.startswith("--"))
         settings = words[first:]  # vit_mae.py and baselines.py have a word before
-        recipe = parse_recipe(RECIPE_OF_SCRIPT[script], settings, EXAMPLES / "recipes")
+        recipe = parse_recipe(RECIPE_OF_SCRIPT[script], settings)
         assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold")), job.name
         assert recipe.model_name_or_path == (None if job.after is None else str(RUNS / job.after)), job.name
         if job.after is not None and part != "ablations":
@@ -162,7 +162,7 @@ def test_jobs__with_and_without_pretraining_have_the_same_labels_and_epochs() ->
 
     def recipe(encoder: str, labels: str, seed: int) -> FinetuneRecipe:
         words = jobs[f"fashion_mnist/ft_{encoder}_{labels}_s{seed}"]
-        return parse_recipe(FinetuneRecipe, words[1:], EXAMPLES / "recipes")
+        return parse_recipe(FinetuneRecipe, words[1:])
 
     for labels in LABELS:
         for seed in SEEDS:
@@ -401,7 +401,7 @@ def test_main__data_then_tables_and_plots(fake_runs: Path, tmp_path: Path, monke
         made.append(output)
 
     monkeypatch.setattr(reproduce, "DATA_SETS", {"tiny": make})
-    monkeypatch.setattr(reproduce, "CARDS", tmp_path)
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.json")
     for _ in range(2):  # the second time the data are there
         reproduce.main(["data", "tables", "plots", "--data", str(tmp_path / "data"), "--runs", str(fake_runs)])

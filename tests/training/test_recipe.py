@@ -47,9 +47,9 @@ def recipe_class(name: str) -> type[Recipe]:
     return FinetuneRecipe if "finetune" in name or "scratch" in name else PretrainRecipe
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_recipes__parse_and_make_a_model(path: Path) -> None:
-    recipe = parse_recipe(recipe_class(path.stem), ["--recipe", path.stem], RECIPES)
+    recipe = parse_recipe(recipe_class(path.stem), ["--recipe", path.stem], path.parent)
     assert recipe.config().num_patches > 1
     for word in ("Source", "Expect", "Time", "Command"):  # the card at the head of the file
         assert f"# {word}" in path.read_text(), word

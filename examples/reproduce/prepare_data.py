@@ -1,7 +1,7 @@
 """The images of the results on real data, as folders of parquet files like any user's.
 
-    apt-get install dataset-fashion-mnist && python examples/prepare_data.py fashion_mnist data/fashion_mnist
-    pip install elpv-dataset && python examples/prepare_data.py elpv data/elpv
+    apt-get install dataset-fashion-mnist && python examples/reproduce/prepare_data.py fashion_mnist data/fashion_mnist
+    pip install elpv-dataset && python examples/reproduce/prepare_data.py elpv data/elpv
 
 Fashion-MNIST (MIT): 60,000 + 10,000 grey images of 28x28, ten balanced classes, as the splits train and test.
 elpv (CC BY-NC-SA 4.0, so not for commercial use): 2,624 grey electroluminescence photographs of solar cells, 300x300,

@@ -1,7 +1,7 @@
 """How fast one core turns JPEG files into batches, beside the original's PIL pipeline: images per second of CPU time.
 
-    python examples/benchmark_loading.py PHOTOS                       # a folder of JPEGs, ImageNet-sized for instance
-    python examples/benchmark_loading.py PHOTOS --large_from FOLDER   # and 12 Mpixel ones, made of FOLDER's largest
+    python examples/benchmarks/benchmark_loading.py PHOTOS   # JPEGs, ImageNet-sized for instance
+    python examples/benchmarks/benchmark_loading.py PHOTOS --large_from FOLDER  # and 12 Mpixel ones of FOLDER
 
 One thread, no worker processes: a training process with W workers on W free cores loads W times as much. The sides take
 turns, in another order every round, and each round sees other crops; printed are the median and the range over the

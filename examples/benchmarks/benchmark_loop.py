@@ -1,7 +1,7 @@
 """What the loop of run_pretrain.py costs beside the bare step, and a checkpoint beside a copy of the state.
 
-    python examples/benchmark_loop.py                                             # the quickstart's model
-    python examples/benchmark_loop.py --steps 60 --save_every 10 -- --dataset digits --num_channels 1 \
+    python examples/benchmarks/benchmark_loop.py                                             # the quickstart's model
+    python examples/benchmarks/benchmark_loop.py --steps 60 --save_every 10 -- --dataset digits --num_channels 1 \
         --image_mean 0.3 --image_std 0.37 --size tiny --image_size 96 --decoder_hidden_size 512 \
         --decoder_num_hidden_layers 4 --decoder_num_attention_heads 16 \
         --total_batch_size 4 --log_every 10                                       # ViT-Ti at 96 pixels
@@ -23,16 +23,17 @@ The last line is JSON:
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import run_pretrain
 import torch
 from accelerate import PartialState
 
@@ -41,6 +42,9 @@ from mae_hf.training.checkpoints import copied_to_host, finish_writing
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import best_precision
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # of the script that is measured
+import run_pretrain
 
 BATCHES = 8  # kept in memory
 
