@@ -58,15 +58,39 @@ def test_script__copied_out_of_the_clone_finds_its_recipe_and_writes_its_card(
     site: Path, pets: Path, tmp_path: Path
 ) -> None:
     script = shutil.copy(ROOT / "examples" / "run_pretrain.py", tmp_path)
-    words = ["--recipe", "vit_base_imagenet", "--dataset", str(pets), "--mixed_precision", "no", *SMALL]
+    trains_in([script], site, pets, tmp_path)
+
+
+@pytest.mark.slow
+def test_command__trains_with_workers_and_converts(site: Path, pets: Path, tmp_path: Path) -> None:
+    trains_in(["-m", "mae_hf.cli", "pretrain"], site, pets, tmp_path, "--num_workers", "2")
+    done = in_site(["-m", "mae_hf.cli", "convert", "run", "mae.safetensors", "--to", "timm"], site, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mae.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_command__has_every_script(site: Path, tmp_path: Path) -> None:
+    for script in ("run_pretrain", "finetune", "linear_probe", "visualize", "convert"):
+        done = in_site(["-m", "mae_hf.cli", script, "--help"], site, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "usage: " in done.stdout
+    assert PROJECT["scripts"] == {"mae-hf": "mae_hf.cli:main"}
+    assert "Sub-commands: pretrain, finetune" in in_site(["-m", "mae_hf.cli"], site, tmp_path).stdout
+    unknown = in_site(["-m", "mae_hf.cli", "train"], site, tmp_path)
+    assert (unknown.returncode, unknown.stderr[:45]) == (1, "mae-hf: 'train' is an unknown sub-command. Kn")
+
+
+def in_site(words: list[str], site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Python in a folder, with the package that the wheel would install."""
     environment = {**os.environ, "PYTHONPATH": str(site), "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *words, "--output_dir", "run"],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=300,
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
     )
+
+
+def trains_in(command: list[str], site: Path, pets: Path, tmp_path: Path, *more: str) -> None:
+    words = ["--recipe", "vit_base_imagenet", "--dataset", str(pets), "--mixed_precision", "no", *SMALL]
+    done = in_site([*command, *words, *more, "--output_dir", "run"], site, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "masked autoencoder" in (tmp_path / "run" / "README.md").read_text()
