@@ -1,4 +1,4 @@
-"""The README tells the truth: its Python runs, its map has every file, its links lead somewhere."""
+"""The README and the guides tell the truth: Python runs, the map has every file, links lead somewhere."""
 
 import ast
 import re
@@ -17,6 +17,8 @@ from mae_hf.training.reconstruction import save_picture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDES = ROOT / "examples" / "guides"
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(GUIDES.glob("*.md")))}
 
 
 def test_first_python_block__runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,18 +29,31 @@ def test_first_python_block__runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names["features"].shape == (2, 192)
 
 
+def test_readme__is_read_in_five_minutes_and_leads_to_every_guide() -> None:
+    assert len(README.split()) < 1600
+    for page in GUIDES.glob("*.md"):
+        assert f"({page.relative_to(ROOT)})" in README, page
+
+
 def test_map__has_every_file() -> None:
+    map_of_files = PAGES[GUIDES / "map.md"]
     files = [*ROOT.glob("mae_hf/*.py"), *ROOT.glob("mae_hf/training/*.py"), *ROOT.glob("examples/**/*.py")]
     for file in files:
         if file.name != "__init__.py":
-            assert f"`{file.relative_to(ROOT)}`" in README, file
+            assert f"`{file.relative_to(ROOT)}`" in map_of_files, file
     for path in ROOT.glob("examples/**/recipes/*.yaml"):
-        assert f"`{path.stem}`" in README, path
+        assert f"`{path.stem}`" in map_of_files, path
 
 
-def test_links__lead_to_files() -> None:
-    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links__lead_to_files_and_headings(page: Path) -> None:
+    text = PAGES[page]
+    headings = {re.sub(r"[^a-z -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
+    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        else:
+            assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_first_picture__is_what_the_quickstart_draws(tmp_path: Path) -> None:
@@ -49,8 +64,8 @@ def test_first_picture__is_what_the_quickstart_draws(tmp_path: Path) -> None:
 
 
 def commands() -> list[str]:
-    """Each command that starts a training script: in README's blocks, the scripts' heads and those of the recipes."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    """Each command that starts a training script: in the pages' blocks, the scripts' heads and those of the recipes."""
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(PAGES.values()), flags=re.DOTALL)
     scripts = [ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("examples/run_*.py")]
     recipes = [path.read_text() for path in ROOT.glob("examples/**/recipes/*.yaml")]
     text = re.sub(r"\\\n[# ]*", "", "\n".join([*blocks, *scripts, *recipes]))
