@@ -30,30 +30,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mae_hf import MAEForImageClassification
 from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
 from mae_hf.training.baseline import doubts
-from mae_hf.training.data import (
-    JudgingImages,
-    LabelledImages,
-    batches,
-    evaluation_batches,
-    make_schedule,
-    names_of_step,
-)
 from mae_hf.training.decode import printable
+from mae_hf.training.evaluate import evaluation_batches, predict
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.files import as_json
 from mae_hf.training.hub import HubPush
-from mae_hf.training.metrics import (
-    MOST_DRAWN,
-    ClassificationMetrics,
-    classification_metrics,
-    predict,
-    save_confusion_picture,
-)
+from mae_hf.training.metrics import MOST_DRAWN, ClassificationMetrics, classification_metrics, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups, lr_at
+from mae_hf.training.order import make_schedule
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere, where_it_goes_on
 from mae_hf.training.recipe import FinetuneRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
+from mae_hf.training.samples import EvalImages, LabelledImages, batches, names_of_step
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of
@@ -101,15 +90,15 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
     return model, is_new_head
 
 
-def under_numbers_of_checkpoint(recipe: FinetuneRecipe, judges: ImageSource) -> ImageSource:
+def under_numbers_of_checkpoint(recipe: FinetuneRecipe, eval_source: ImageSource) -> ImageSource:
     """An evaluation set that lacks some of the classifier's classes, under the numbers that this gives to the others.
 
     One that has other classes, or another order of them, is left as it is, for `build_model` to refuse.
     """
     of_model = list(recipe.checkpoint_config(OF_RECIPE).id2label.values())
-    if [name for name in of_model if name in judges.label_names] != judges.label_names:
-        return judges
-    return replace(judges, classes=judges.classes.renumbered(of_model))
+    if [name for name in of_model if name in eval_source.label_names] != eval_source.label_names:
+        return eval_source
+    return replace(eval_source, classes=eval_source.classes.renumbered(of_model))
 
 
 def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
@@ -156,21 +145,21 @@ def main(arguments: list[str] | None = None) -> None:
     say = accelerator.print
 
     with main_process_first(accelerator):  # the others find what it has written to the cache
-        source, judges = open_labelled(recipe)
+        source, eval_source = open_labelled(recipe)
     if recipe.eval_only:
-        source = judges = under_numbers_of_checkpoint(recipe, judges)
+        source = eval_source = under_numbers_of_checkpoint(recipe, eval_source)
     label_names = source.label_names
     recipe = recipe.fitted(source.length)
     set_seed(recipe.seed)
     model, is_new_head = build_model(recipe, label_names)
     config = model.config
-    fingerprints = {"train": source.fingerprint, "evaluation": judges.fingerprint}
+    fingerprints = {"train": source.fingerprint, "evaluation": eval_source.fingerprint}
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
     recipe = folder.recipe
 
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
-    eval_images = JudgingImages(judges, eval_view, config.num_channels, recipe.seed)
+    eval_images = EvalImages(eval_source, eval_view, config.num_channels, recipe.seed)
 
     def evaluate(judged: torch.nn.Module) -> ClassificationMetrics:
         loader = evaluation_batches(
@@ -203,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         with folder.exporting(accelerator) as path:
             if accelerator.is_main_process:
                 report(metrics, path)
-        say(f"{judges.name}: {sentence(metrics)}")
+        say(f"{eval_source.name}: {sentence(metrics)}")
         return
 
     schedule = make_schedule(
@@ -242,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     trained = sum(parameter.numel() for parameter in bare_model.parameters() if parameter.requires_grad)
     scales = [group["lr_scale"] for group in groups]
     say(f"images    {source.summary}")
-    say(f"eval set  {judges.summary}")
+    say(f"eval set  {eval_source.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"model     {parameters:,} parameters, {trained:,} of them trained")
@@ -265,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder.start()
     hub = None
     if recipe.push_to_hub:
-        shared = shareable_recipe(recipe, source.name, judges.name)
+        shared = shareable_recipe(recipe, source.name, eval_source.name)
         hub = HubPush(folder.path, recipe.hub_model_id, shared, recipe.hub_private_repo, recipe.hub_revision, say)
         if accelerator.is_main_process:
             hub.prepare()
@@ -410,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             report(metrics, path)
             write_classifier_card(
-                path, recipe, source.name, judges.name, folder.history(), parameters, metrics, label_names
+                path, recipe, source.name, eval_source.name, folder.history(), parameters, metrics, label_names
             )
     accelerator.end_training()
     if hub and accelerator.is_main_process:

@@ -34,9 +34,13 @@ from mae_hf import MAEModel
 from mae_hf.layers import pool
 from mae_hf.training.augment import eval_transform, train_transform
 from mae_hf.training.baseline import doubts
-from mae_hf.training.data import JudgingImages, LabelledImages, batches, make_schedule, names_of_step
 from mae_hf.training.decode import printable
-from mae_hf.training.evaluate import (
+from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
+from mae_hf.training.files import as_json
+from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
+from mae_hf.training.optim import LARS, lr_at, parameter_groups
+from mae_hf.training.order import make_schedule
+from mae_hf.training.probes import (
     AttentiveProbe,
     LinearProbe,
     SideBySide,
@@ -46,13 +50,10 @@ from mae_hf.training.evaluate import (
     frozen_encoder,
     knn_accuracy,
 )
-from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
-from mae_hf.training.files import as_json
-from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
-from mae_hf.training.optim import LARS, lr_at, parameter_groups
 from mae_hf.training.progress import DataClock, Progress, StepLosses, where_it_goes_on
 from mae_hf.training.recipe import ProbeRecipe, read_recipe
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
+from mae_hf.training.samples import EvalImages, LabelledImages, batches, names_of_step
 from mae_hf.training.sharding import bare, check_whole
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     say, device = accelerator.print, accelerator.device
 
     with main_process_first(accelerator):  # the others find what it has written to the cache
-        source, judges = open_labelled(recipe)
+        source, eval_source = open_labelled(recipe)
         selection = None
         if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered
             source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)
     config = encoder.config
-    fingerprints = {"train": source.fingerprint, "evaluation": judges.fingerprint}
+    fingerprints = {"train": source.fingerprint, "evaluation": eval_source.fingerprint}
     folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
     recipe = folder.recipe
     is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
     say(f"images    {source.summary}")
-    say(f"eval set  {judges.summary}")
+    say(f"eval set  {eval_source.summary}")
     first_names = ", ".join(printable(name) for name in label_names[:10])
     say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
     say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def of_all(function: Callable[[Tensor], Tensor], images: ImageSource) -> tuple[Tensor, Tensor]:
         """What the function says of the images as they are evaluated, without anything random; and their labels."""
-        fixed = JudgingImages(images, eval_view, config.num_channels, recipe.seed)
+        fixed = EvalImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
             loading = (recipe.per_device_batch_size, recipe.num_workers, stop.heeded, recipe.max_skipped_images)
             return extract_features(function, fixed, *loading)
@@ -313,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     if selection is not None:
         top1_of_choice = [metrics.top1 for metrics in judge(selection)[0]]
         chosen = top1_of_choice.index(max(top1_of_choice))
-    judged, eval_features, eval_labels = judge(judges)
+    judged, eval_features, eval_labels = judge(eval_source)
 
     started = time.perf_counter()
     if recipe.augment:

@@ -26,16 +26,17 @@ from torch.utils.data import default_collate
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
 from mae_hf.training.baseline import doubts, doubts_of_end, loss_of_mean
-from mae_hf.training.data import PretrainingImages, batches, make_schedule, names_of_step
 from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
 from mae_hf.training.files import whole
 from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
+from mae_hf.training.order import make_schedule
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere, where_it_goes_on
 from mae_hf.training.recipe import PretrainRecipe, read_recipe
 from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
+from mae_hf.training.samples import PretrainingImages, batches, names_of_step
 from mae_hf.training.sharding import check_sharding, prepare
 from mae_hf.training.skipped import Skipped
 from mae_hf.training.sources import ImageSource, open_source

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mae_hf import MAEForImageClassification, MAEModel
 from mae_hf.training.augment import eval_transform
-from mae_hf.training.data import LabelledImages
-from mae_hf.training.evaluate import LinearProbe, check_features_fit, extract_features, frozen_encoder
 from mae_hf.training.metrics import classification_metrics
+from mae_hf.training.probes import LinearProbe, check_features_fit, extract_features, frozen_encoder
+from mae_hf.training.samples import LabelledImages
 from mae_hf.training.sources import hold_out, open_source
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -73,9 +73,9 @@ def test_run__says_and_leaves_what_the_probe_is_worth(
     assert left["top1"] == 1.0  # stripes that stand, lie or slant
 
     # What is saved is what was judged, with the pixels of the checkpoint.
-    _, judges = hold_out(open_source(str(pets), labelled=True), 0.25, seed=0)
+    _, eval_source = hold_out(open_source(str(pets), labelled=True), 0.25, seed=0)
     encode = frozen_encoder(MAEModel.from_pretrained(checkpoint, pooling="cls"), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
-    features, labels = extract_features(encode, LabelledImages(judges, eval_transform((32, 32), 1.0), 3, seed=0))
+    features, labels = extract_features(encode, LabelledImages(eval_source, eval_transform((32, 32), 1.0), 3, seed=0))
     saved = LinearProbe(32, 3).eval()
     saved.load_state_dict(load_file(run / "probe.safetensors"))
     again = classification_metrics(saved(features), labels)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scripts import launch, losses, metrics
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.test_data import write_shards
+from training.test_samples import write_shards
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel

@@ -22,11 +22,12 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from mae_hf import MAEConfig
 from mae_hf.patches import sincos_position_table
 from mae_hf.training.augment import Normalize, image_processor, train_transform
-from mae_hf.training.data import PretrainingImages, batches, make_schedule
 from mae_hf.training.optim import lr_at, parameter_groups
+from mae_hf.training.order import make_schedule
 from mae_hf.training.progress import DataClock, Progress
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
 from mae_hf.training.run import RunFolder, closes_run_folder
+from mae_hf.training.samples import PretrainingImages, batches
 from mae_hf.training.sources import open_source
 
 RECIPES = Path(__file__).resolve().parents[1] / "reproduce" / "recipes"

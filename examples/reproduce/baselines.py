@@ -22,10 +22,10 @@ from prepare_data import FOLDS, elpv_cells
 from torch import Tensor
 
 from mae_hf.training.augment import Normalize, eval_transform
-from mae_hf.training.data import LabelledImages
-from mae_hf.training.evaluate import extract_features, knn_accuracy, linear_probe
 from mae_hf.training.metrics import classification_metrics
+from mae_hf.training.probes import extract_features, knn_accuracy, linear_probe
 from mae_hf.training.recipe import ProbeRecipe, checkpoint_normalisation, parse_recipe
+from mae_hf.training.samples import LabelledImages
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -51,10 +51,12 @@ def pixels(arguments: list[str]) -> None:
         images = LabelledImages(source, view, config.num_channels, recipe.seed)
         return extract_features(lambda pixel_values: normalize(pixel_values).flatten(1), images)
 
-    source, judges = open_labelled(recipe)
+    source, eval_source = open_labelled(recipe)
     source, selection = hold_out(source, recipe.selection_fraction, recipe.seed)
     recipe = recipe.fitted(source.length)
-    (train, train_labels), (chooser, chooser_labels), (test, test_labels) = map(features, (source, selection, judges))
+    (train, train_labels), (chooser, chooser_labels), (test, test_labels) = map(
+        features, (source, selection, eval_source)
+    )
 
     def probe(lr: float) -> torch.nn.Module:
         return linear_probe(train, train_labels, recipe.epochs, recipe.total_batch_size, lr, recipe.warmup, recipe.seed)

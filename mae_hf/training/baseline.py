@@ -10,7 +10,8 @@ from torch.utils.data import default_collate
 from ..configuration_mae import MAEConfig
 from ..patches import normalize_patches, patchify
 from .augment import Normalize
-from .data import PretrainingImages, SampleKey
+from .order import SampleKey
+from .samples import PretrainingImages
 from .sources import image_order
 
 IMAGES = 32  # thousands of patches, which is enough for two digits

@@ -6,6 +6,6 @@ When the run is gone, so is that process. Python would first take all of torch a
 import atexit
 import os
 
-from . import data as data
+from . import samples as samples
 
 atexit.register(os._exit, 0)

@@ -1,20 +1,13 @@
-"""How good a classifier is: every image of a source counted once, over all processes."""
+"""How good a classifier is: its measures, from logits and labels; and the confusion matrix as a picture."""
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .augment import Normalize
-from .data import PADDING
 from .decode import printable
-from .skipped import FIRST_NAMED, most_skipped
 
 CHUNK = 4096  # images whose loss is computed at once
 MOST_DRAWN = 1000  # classes, in a picture of the confusion matrix
@@ -92,90 +85,6 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
         labels=labels,
         predicted=ranked[:, 0],
     )
-
-
-@torch.no_grad()
-def apply_to_images(
-    function: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], max_skipped_images: float = 0.01
-) -> tuple[Tensor, Tensor]:
-    """What a function says of every image of `evaluation_batches`: pixel_values (B, C, H, W) -> (B, ...).
-
-    Images that cannot be used are left out, which is said with their number and the first of them.
-
-    Args:
-        function: of the pixels.
-        batches: of this process.
-        max_skipped_images: share of the images that may be left out, but at least one, unless it is 0.
-
-    Returns:
-        The results (M, ...) float32 and the labels (M,) int64, on the CPU of every process: each image once, in the
-        order of the source, however many processes there are. What only fills up a batch is left out.
-
-    Raises:
-        ValueError: more images have to be left out than may be.
-    """
-    problems: list[str] = []
-
-    def outcomes() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            result = gather(function(batch["pixel_values"]).float())
-            problems.extend(problem for problem in batch.get("problem", ()) if problem)
-            yield result, gather(batch["label"].to(result.device, non_blocking=True))
-
-    results, labels = [], []
-    for result, label in _on_the_host(outcomes()):
-        real = label != PADDING
-        results.append(result[real])
-        labels.append(label[real])
-    problems = sorted(gather_object(problems))
-    of = sum(map(len, labels)) + len(problems)
-    if problems:
-        first = "; ".join(problems[:FIRST_NAMED])
-        sentence = f"{len(problems)} of {of:,} images to evaluate on cannot be used: {first}"
-        if len(problems) > most_skipped(max_skipped_images, of):
-            raise ValueError(
-                f"{sentence}\nThat is more than the share of {max_skipped_images:g} that max_skipped_images allows: "
-                f"mend or remove them, or allow more."
-            )
-        PartialState().print(f"left out  {sentence}")
-    return torch.cat(results), torch.cat(labels)
-
-
-def _on_the_host(outcomes: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same tensors on the CPU, each time after the next ones were asked for: so a GPU never waits for work."""
-    earlier = None
-    for outcome in outcomes:
-        arrived = torch.cuda.Event() if outcome[0].is_cuda else None
-        tensors = tuple(tensor.to("cpu", non_blocking=arrived is not None) for tensor in outcome)
-        if arrived is not None:
-            arrived.record()
-        if earlier is not None:
-            yield _arrived(*earlier)
-        earlier = tensors, arrived
-    if earlier is not None:
-        yield _arrived(*earlier)
-
-
-def _arrived(tensors: tuple[Tensor, ...], arrived: torch.cuda.Event | None) -> tuple[Tensor, ...]:
-    if arrived is not None:
-        arrived.synchronize()
-    return tensors
-
-
-def predict(
-    model: nn.Module,
-    batches: Iterable[dict[str, Any]],
-    normalize: Normalize,
-    accelerator: Accelerator,
-    max_skipped_images: float,
-) -> tuple[Tensor, Tensor]:
-    """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`; see `apply_to_images`."""
-    was_training = model.training
-    model.eval()
-    with accelerator.autocast():
-        logits, labels = apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches, max_skipped_images)
-    model.train(was_training)
-    return logits, labels
 
 
 def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str], path: Path | str) -> None:

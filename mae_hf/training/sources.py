@@ -338,24 +338,24 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
 
     if recipe.eval_fraction is not None:
         whole = labelled(recipe.dataset, recipe.split, False)
-        train, judges = hold_out(whole, recipe.eval_fraction, recipe.seed)
-        judges = _with_remark(judges, _said_of_shared_images(train, judges))
+        train, eval_source = hold_out(whole, recipe.eval_fraction, recipe.seed)
+        eval_source = _with_remark(eval_source, _said_of_shared_images(train, eval_source))
         if unused := [name for name in whole.splits if split_kind(name) in ("validation", "test")]:
             instead = f"{recipe.eval_fraction:g} of the training images, and not the split {' or '.join(unused)}"
-            judges = _with_remark(judges, f"{instead}, which is for --eval_split to name")
+            eval_source = _with_remark(eval_source, f"{instead}, which is for --eval_split to name")
     else:
         eval_split = recipe.eval_split
         if recipe.only_evaluates and eval_split is None and recipe.eval_dataset is None and recipe.split != "train":
             eval_split = recipe.split
         is_whole = recipe.only_evaluates or recipe.eval_dataset is not None
-        judges = labelled(recipe.eval_dataset or recipe.dataset, eval_split, is_whole)
+        eval_source = labelled(recipe.eval_dataset or recipe.dataset, eval_split, is_whole)
         if recipe.only_evaluates:
-            return judges, judges
+            return eval_source, eval_source
         train = labelled(recipe.dataset, recipe.split, False)
-        judges = _apart(train, judges)
-    if judges.classes is not None and judges.label_names != train.label_names:
+        eval_source = _apart(train, eval_source)
+    if eval_source.classes is not None and eval_source.label_names != train.label_names:
         try:
-            judges = replace(judges, classes=judges.classes.renumbered(train.label_names))
+            eval_source = replace(eval_source, classes=eval_source.classes.renumbered(train.label_names))
         except ValueError as error:
             raise ValueError(
                 f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
@@ -368,10 +368,10 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
         )
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
-    return train, judges
+    return train, eval_source
 
 
-def _apart(train: ImageSource, judges: ImageSource) -> ImageSource:
+def _apart(train: ImageSource, eval_source: ImageSource) -> ImageSource:
     """The evaluation images, with a remark if some of them are training images, too.
 
     Raises:
@@ -379,22 +379,22 @@ def _apart(train: ImageSource, judges: ImageSource) -> ImageSource:
     """
     remark = ""
     try:
-        if both := set(train.read_from) & set(judges.read_from):
+        if both := set(train.read_from) & set(eval_source.read_from):
             raise ValueError(f"both are read from {min(both)}.")
-        if isinstance(train.images, datasets.Dataset) and isinstance(judges.images, datasets.Dataset):
-            remark = shared_images(train.images, judges.images)
+        if isinstance(train.images, datasets.Dataset) and isinstance(eval_source.images, datasets.Dataset):
+            remark = shared_images(train.images, eval_source.images)
     except ValueError as error:
         raise ValueError(
             f"The evaluation set has to have other images than the training set, but {error} Name another --eval_split "
             f"or --eval_dataset, or take a share of the training images with --eval_fraction."
         ) from error
-    return _with_remark(judges, remark)
+    return _with_remark(eval_source, remark)
 
 
-def _said_of_shared_images(train: ImageSource, judges: ImageSource) -> str:
+def _said_of_shared_images(train: ImageSource, eval_source: ImageSource) -> str:
     """As a remark, because whoever has taken a share of images that are there twice cannot name another one."""
     try:
-        return shared_images(train.images, judges.images)
+        return shared_images(train.images, eval_source.images)
     except ValueError as error:
         return str(error).rstrip(".")
 

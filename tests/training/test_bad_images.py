@@ -18,19 +18,11 @@ import torch
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from mae_hf.training.augment import eval_transform, train_transform
-from mae_hf.training.data import (
-    PADDING,
-    JudgingImages,
-    LabelledImages,
-    PretrainingImages,
-    SampleKey,
-    evaluation_batches,
-    make_schedule,
-    names_of_step,
-    sample_keys,
-)
 from mae_hf.training.decode import BadImageError, decode_image
+from mae_hf.training.evaluate import evaluation_batches
+from mae_hf.training.order import PADDING, SampleKey, make_schedule, sample_keys
 from mae_hf.training.overlap import shared_images
+from mae_hf.training.samples import EvalImages, LabelledImages, PretrainingImages, names_of_step
 from mae_hf.training.sources import open_source
 
 RED = Image.new("RGB", (30, 20), (200, 20, 40))
@@ -269,7 +261,7 @@ def test_samples__another_image_in_place_of_a_bad_one(folder: Path, streaming: b
 
 def test_judging__leaves_a_bad_image_out_of_the_count(folder: Path) -> None:
     source = open_source(str(folder), labelled=True)
-    images = JudgingImages(source, eval_transform((8, 8), 1.0), 1, seed=0)
+    images = EvalImages(source, eval_transform((8, 8), 1.0), 1, seed=0)
     labels = torch.cat([batch["label"] for batch in evaluation_batches(images, 4, 0, 1, 0)])
     assert (labels != PADDING).sum() == 18
 
@@ -308,7 +300,7 @@ def test_label__that_is_no_class_is_a_bad_image(kind: str, tmp_path: Path) -> No
     table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "labels.parquet")
     source = open_source(str(tmp_path / "labels.parquet"), streaming=True, labelled=True, num_labels=2)
     images = LabelledImages(source, eval_transform((8, 8), 1.0), 3, seed=0)
-    judges = JudgingImages(source, eval_transform((8, 8), 1.0), 3, seed=0)
+    eval_source = EvalImages(source, eval_transform((8, 8), 1.0), 3, seed=0)
     if kind == "a word":
         with pytest.raises(BadImageError, match=r"label '.', but the classes are 0 to 1"):
             images.first(4)
@@ -316,7 +308,7 @@ def test_label__that_is_no_class_is_a_bad_image(kind: str, tmp_path: Path) -> No
     samples = images.first(4)
     assert [sample["problem"] != "" for sample in samples] == [False, False, True, False]
     assert samples[2]["label"] in (0, 1), "another image in its place"
-    (batch,) = evaluation_batches(judges, 4, 0, 1, 0)
+    (batch,) = evaluation_batches(eval_source, 4, 0, 1, 0)
     assert batch["label"].tolist() == [0, 1, PADDING, 0]
 
 

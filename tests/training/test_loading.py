@@ -12,15 +12,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from mae_hf.training.augment import SmallestCrop, eval_transform, train_transform
-from mae_hf.training.data import (
-    PretrainingImages,
-    SampleKey,
-    batches,
-    make_schedule,
-    names_of_step,
-    sample_keys,
-)
 from mae_hf.training.decode import BadImageError, decode_image, open_image
+from mae_hf.training.order import SampleKey, make_schedule, sample_keys
+from mae_hf.training.samples import PretrainingImages, batches, names_of_step
 from mae_hf.training.sources import ImageSource, open_source
 
 

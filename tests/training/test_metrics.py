@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_hf.training.data import PADDING
-from mae_hf.training.metrics import apply_to_images, classification_metrics, save_confusion_picture
+from mae_hf.training.evaluate import apply_to_images
+from mae_hf.training.metrics import classification_metrics, save_confusion_picture
+from mae_hf.training.order import PADDING
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the other side of these tests")
 

@@ -6,7 +6,8 @@ from itertools import islice
 import datasets
 import pytest
 
-from mae_hf.training.data import PretrainingImages, batches, make_schedule, sample_keys
+from mae_hf.training.order import make_schedule, sample_keys
+from mae_hf.training.samples import PretrainingImages, batches
 from mae_hf.training.sources import ImageSource
 
 

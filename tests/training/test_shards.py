@@ -11,7 +11,8 @@ from PIL import Image
 from scripts import skipped
 
 from mae_hf.training.augment import eval_transform
-from mae_hf.training.data import PretrainingImages, sample_keys
+from mae_hf.training.order import sample_keys
+from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -20,7 +20,7 @@ from hub import Hub
 from huggingface_hub import HfApi
 from PIL import Image
 from test_run_pretrain import SMALL
-from training.test_data import encoded, pixels, which, write_folder, write_shards, write_table
+from training.test_samples import encoded, pixels, which, write_folder, write_shards, write_table
 
 from mae_hf.training.labels import Classes
 from mae_hf.training.recipe import FinetuneRecipe, ProbeRecipe, parse_recipe
@@ -112,10 +112,10 @@ def test_split_folders__in_any_case_with_affixes_and_others_beside(
     class_folders(tmp_path / evaluation, 100, 2)
     if beside is not None:
         write_folder(tmp_path / beside, ["other.png"])
-    trained, judges = open_labelled(recipe(tmp_path, "--eval_split", asked))
-    assert (trained.length, judges.length) == (9, 6)
-    assert trained.label_names == judges.label_names == CLASSES
-    assert not set(names(trained)) & set(names(judges))
+    trained, eval_source = open_labelled(recipe(tmp_path, "--eval_split", asked))
+    assert (trained.length, eval_source.length) == (9, 6)
+    assert trained.label_names == eval_source.label_names == CLASSES
+    assert not set(names(trained)) & set(names(eval_source))
 
 
 def test_splits__more_than_one_that_may_be_meant_are_named(tmp_path: Path) -> None:
@@ -148,17 +148,17 @@ def test_eval_fraction__says_that_a_picture_is_on_both_sides(tmp_path: Path) -> 
     class_folders(tmp_path, 0, 8)
     for path in list(tmp_path.rglob("*.png")):
         shutil.copy(path, path.with_stem(f"{path.stem} again"))
-    _, judges = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
-    assert "evaluation images looked at are training images, too" in judges.summary
+    _, eval_source = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
+    assert "evaluation images looked at are training images, too" in eval_source.summary
 
 
 def test_eval_fraction__says_that_a_split_is_left_unused(tmp_path: Path) -> None:
     class_folders(tmp_path / "train", 0, 4)
     class_folders(tmp_path / "val", 50, 2)
-    _, judges = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
-    assert "0.25 of the training images, and not the split val" in judges.summary
-    _, judges = open_labelled(recipe(tmp_path / "train", "--eval_fraction", "0.25"))
-    assert "and not the split" not in judges.summary
+    _, eval_source = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25"))
+    assert "0.25 of the training images, and not the split val" in eval_source.summary
+    _, eval_source = open_labelled(recipe(tmp_path / "train", "--eval_fraction", "0.25"))
+    assert "and not the split" not in eval_source.summary
 
 
 def test_one_class__is_nothing_to_tell_apart(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_one_class__is_nothing_to_tell_apart(tmp_path: Path) -> None:
 
 def test_eval_dataset__needs_no_split(tmp_path: Path) -> None:
     train, evaluation = class_folders(tmp_path / "a"), class_folders(tmp_path / "b", 100, 1)
-    trained, judges = open_labelled(recipe(train, "--eval_dataset", evaluation))
-    assert (trained.length, judges.length) == (6, 3)
+    trained, eval_source = open_labelled(recipe(train, "--eval_dataset", evaluation))
+    assert (trained.length, eval_source.length) == (6, 3)
     parts = class_folders(tmp_path / "parts" / "train", 50), class_folders(tmp_path / "parts" / "val", 60, 1)
-    _, judges = open_labelled(recipe(train, "--eval_dataset", str(Path(parts[0]).parent)))
-    assert judges.length == 3, "the only split for evaluation was not taken"
+    _, eval_source = open_labelled(recipe(train, "--eval_dataset", str(Path(parts[0]).parent)))
+    assert eval_source.length == 3, "the only split for evaluation was not taken"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ def test_evaluation_on_training_images__is_refused(way: str, tmp_path: Path) -> 
 def test_one_picture_twice__is_said_and_not_refused(tmp_path: Path) -> None:
     train, evaluation = Path(class_folders(tmp_path / "a", 0, 20)), Path(class_folders(tmp_path / "b", 100, 20))
     shutil.copy(train / "cat" / "0.png", evaluation / "cat" / "100.png")
-    _, judges = open_labelled(recipe(train, "--eval_dataset", str(evaluation)))
-    assert "1 of 60 evaluation images looked at are training images, too" in judges.summary
+    _, eval_source = open_labelled(recipe(train, "--eval_dataset", str(evaluation)))
+    assert "1 of 60 evaluation images looked at are training images, too" in eval_source.summary
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,8 +416,8 @@ def test_eval_only__takes_any_folder_of_the_classes(words: list[str], tmp_path: 
     if "--dataset" not in words:
         words = ["--dataset", "user/training-images-that-are-not-needed", *words]
     settings = parse_recipe(FinetuneRecipe, [*words, "--eval_only", "true", "--model_name_or_path", "runs/x"])
-    _, judges = open_labelled(settings)
-    assert (judges.length, judges.label_names) == (6, CLASSES)
+    _, eval_source = open_labelled(settings)
+    assert (eval_source.length, eval_source.label_names) == (6, CLASSES)
 
 
 @pytest.mark.parametrize(

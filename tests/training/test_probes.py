@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mae_hf import MAEForPreTraining, MAEModel
 from mae_hf.layers import pool
-from mae_hf.training import evaluate
+from mae_hf.training import probes
 from mae_hf.training.augment import Normalize, eval_transform
-from mae_hf.training.data import LabelledImages, Schedule, batches
-from mae_hf.training.evaluate import (
+from mae_hf.training.metrics import classification_metrics
+from mae_hf.training.order import Schedule
+from mae_hf.training.probes import (
     AttentiveProbe,
     LinearProbe,
     SideBySide,
@@ -24,7 +25,7 @@ from mae_hf.training.evaluate import (
     knn_logits,
     linear_probe,
 )
-from mae_hf.training.metrics import classification_metrics
+from mae_hf.training.samples import LabelledImages, batches
 from mae_hf.training.sources import ImageSource, open_source, select
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -182,7 +183,7 @@ def test_notebook_snippet__runs_as_it_stands(
     for split in ("train", "test"):
         (tmp_path / "path" / "to" / "images" / split).symlink_to(pets)
     monkeypatch.chdir(tmp_path)
-    _, imports, lines, _ = (evaluate.__doc__ or "").split("\n\n")
+    _, imports, lines, _ = (probes.__doc__ or "").split("\n\n")
     names: dict = {}
     exec(f"{imports}\n{lines}", names)
     assert names["features"].shape == names["test_features"].shape == (24, 32)

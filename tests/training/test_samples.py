@@ -17,18 +17,11 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
-from mae_hf.training.data import (
-    PADDING,
-    LabelledImages,
-    PretrainingImages,
-    SampleKey,
-    batches,
-    evaluation_batches,
-    make_schedule,
-    sample_keys,
-)
 from mae_hf.training.decode import decode_image
+from mae_hf.training.evaluate import evaluation_batches
+from mae_hf.training.order import PADDING, SampleKey, make_schedule, sample_keys
 from mae_hf.training.recipe import FinetuneRecipe
+from mae_hf.training.samples import LabelledImages, PretrainingImages, batches
 from mae_hf.training.sources import (
     ImageSource,
     few_labels,
