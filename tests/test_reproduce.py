@@ -153,7 +153,7 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
         assert recipe.model_name_or_path == (None if job.after is None else str(RUNS / job.after)), job.name
         if job.after is not None and part != "ablations":
             assert names.index(job.after) < names.index(job.name), "a job waits for a later one"
-        if script == "run_finetune.py":  # what eval_source is the test split, which no setting was chosen by
+        if script == "run_finetune.py":  # the evaluation set is the test split, which no setting was chosen by
             assert (recipe.split, recipe.eval_split) == ("train", "test")
 
 
