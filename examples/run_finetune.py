@@ -158,6 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = folder.recipe
 
     normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
+    processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
     eval_images = EvalImages(eval_source, eval_view, config.num_channels, recipe.seed)
 
@@ -185,8 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
             say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
 
     if recipe.eval_only:
-        own_view = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
-        if remark := other_view(recipe.model_name_or_path, own_view):
+        if remark := other_view(recipe.model_name_or_path, processor):
             say(f"warning   {remark}")
         metrics = evaluate(model.to(accelerator.device))
         with folder.exporting(accelerator) as path:
@@ -281,7 +281,6 @@ def main(arguments: list[str] | None = None) -> None:
     images = LabelledImages(source, transform, config.num_channels, recipe.seed, mixing)
     loader = batches(images, schedule, first_step, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
     data = DataClock(stop.heeded(loader))
-    processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
 
     def save_model(path: Path) -> None:
         """What others load; every process takes part, because a sharded model needs them all."""

@@ -32,9 +32,9 @@ from mae_hf.training.hub import HubPush
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import lr_at, parameter_groups
 from mae_hf.training.order import make_schedule
+from mae_hf.training.pictures import save_picture
 from mae_hf.training.progress import DataClock, Progress, StepLosses, is_finite_everywhere, where_it_goes_on
 from mae_hf.training.recipe import PretrainRecipe, read_recipe
-from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
 from mae_hf.training.samples import PretrainingImages, batches, names_of_step
 from mae_hf.training.sharding import check_sharding, prepare
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         if doubt not in said:
             say(f"warning   {doubt}")
     say(f"The model is in {folder.path}, what it reconstructs in {folder.path / 'reconstruction.png'}. Next:")
-    say(f"    python examples/visualize.py {folder.path} YOUR_IMAGE.jpg")
+    say(f"    mae-hf visualize {folder.path} YOUR_IMAGE.jpg")
 
 
 if __name__ == "__main__":

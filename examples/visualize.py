@@ -20,11 +20,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor
 
-from mae_hf import MAEConfig, MAEForPreTraining
-from mae_hf.reconstruction import MAEReconstruction
+from mae_hf import MAEConfig, MAEForPreTraining, MAEReconstruction
 from mae_hf.training.decode import decode_image
+from mae_hf.training.pictures import save_picture
 from mae_hf.training.recipe import absence, checkpoint_normalisation, is_absent_path
-from mae_hf.training.reconstruction import save_picture
 from mae_hf.training.sources import open_source
 from mae_hf.training.starting_weights import load_with_encoder
 

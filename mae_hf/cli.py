@@ -1,8 +1,10 @@
 """The command `mae-hf`: the scripts as sub-commands, for an installation without the clone.
 
-mae-hf pretrain --dataset path/to/images --output_dir runs/mine
-mae-hf finetune --help
-accelerate launch -m mae_hf.cli pretrain --dataset path/to/images       # several processes
+    mae-hf pretrain --dataset path/to/images --output_dir runs/mine
+    mae-hf finetune --help
+    accelerate launch -m mae_hf.cli pretrain --dataset path/to/images       # several processes
+
+Sub-commands are pretrain, finetune, linear_probe, visualize and convert; each has --help.
 """
 
 import runpy
@@ -25,7 +27,7 @@ def main() -> None:
     command = sys.argv[1].removeprefix("run_") if len(sys.argv) > 1 else ""
     known = [*SCRIPTS, "convert"]
     if command in ("", "-h", "--help"):
-        print(f"{__doc__}\nSub-commands: {', '.join(known)}. Each has --help.")
+        print(__doc__)
     elif command == "convert":
         from .convert import main as convert
 

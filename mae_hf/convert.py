@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -588,16 +589,19 @@ def _image_processor(source: str | Path, config: MAEConfig) -> tuple[Any, list[s
 
 
 def _for_size(processor: Any, image_shape: tuple[int, int]) -> Any:
-    """A processor that crops as much of the image, and normalises as this one; `None` where its size is the same."""
-    from .training.augment import image_processor  # here for the reason above
+    """The processor for images of another (height, width), of which it shows as much; `None` where it has that size."""
+    from .training.augment import resize_shape  # here for the reason above
 
-    resized = dict(processor.size)
-    seen = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else resized
+    crops, resized = getattr(processor, "do_center_crop", False), dict(processor.size)
+    seen = dict(processor.crop_size) if crops else resized
     if not {"height", "width"} <= seen.keys() or (seen["height"], seen["width"]) == image_shape:
         return None
     share = min(1.0, seen["height"] / resized.get("shortest_edge", resized.get("height", seen["height"])))
-    other = image_processor(image_shape, share, processor.image_mean, processor.image_std)
-    other.resample = processor.resample
+    height, width = resize_shape(image_shape, share)
+    other, keeps_aspect = deepcopy(processor), "shortest_edge" in resized and height == width
+    other.size = {"shortest_edge": height} if keeps_aspect else {"height": height, "width": width}
+    if crops:
+        other.crop_size = {"height": image_shape[0], "width": image_shape[1]}
     return other
 
 

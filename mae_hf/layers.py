@@ -1,4 +1,7 @@
-"""Transformer layers, the same in encoder and decoder: attention, MLP, stochastic depth, the pre-norm block."""
+"""Transformer layers, the same in encoder and decoder: attention, MLP, stochastic depth, the pre-norm block.
+
+B batch  T tokens  S tokens of a context  width D of the encoder, or E of the decoder
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -158,3 +161,23 @@ class MAELayer(GradientCheckpointingLayer):
         expanded = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = hidden_states + self.drop_path(self.dropout(expanded))
         return hidden_states, weights
+
+
+class DecoderLayers(nn.Module):
+    """The weights of a decoder, of the paper's and of CrossMAE's: into its width, positions, blocks, out to pixels."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        # An encoder that sees mask tokens has a latent for every patch, and leaves nothing to fill in here.
+        needs_mask_token = not config.mask_tokens_in_encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if needs_mask_token else None
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.num_prefix_tokens + config.num_patches, width))
+        self.decoder_layers = nn.ModuleList(
+            MAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+            for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.patch_dim)

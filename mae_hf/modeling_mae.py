@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .configuration_mae import MAEConfig
 from .cross_decoder import MAECrossDecoder
 from .inputs import check_ids_keep, choose_visible, chosen_states, grid_of, refuse_unknown, returns_attentions
-from .layers import MAELayer, pool
+from .layers import DecoderLayers, MAELayer, pool
 from .loading import CheckpointModel
 from .masking import replace_hidden, restore, take
 from .patches import normalize_patches, patchify, resize_position_table, sincos_position_table
@@ -94,29 +94,14 @@ class MAEEmbeddings(nn.Module):
         return torch.cat([cls, tokens], dim=1)  # (B, 1 + V, D)
 
 
-class MAEDecoder(nn.Module):
+class MAEDecoder(DecoderLayers):
     """From the latents of the visible patches to the pixels of all (Section 3, "MAE decoder")."""
 
-    def __init__(self, config: MAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.decoder_hidden_size
-        self.decoder_embed = nn.Linear(config.hidden_size, width)
-        # An encoder that sees mask tokens has a latent for every patch, and leaves nothing to fill in here.
-        needs_mask_token = not config.mask_tokens_in_encoder
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if needs_mask_token else None
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.num_prefix_tokens + config.num_patches, width))
-        self.decoder_layers = nn.ModuleList(
-            MAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
-            for _ in range(config.decoder_num_hidden_layers)
-        )
-        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(width, config.patch_dim)
-
     def ids_predicted(self, ids_restore: Tensor, num_visible: int, is_random: bool) -> None:
-        """All patches, in raster order."""
+        """`None`, which is all patches in raster order."""
 
     def forward(self, latent: Tensor, ids_restore: Tensor, ids_predicted: None, grid_shape: tuple[int, int]) -> Tensor:
+        """Latents (B, 1 + V, D) and ids_restore (B, N) -> pixels (B, N, P*Q*C)."""
         prefix = self.config.num_prefix_tokens
         tokens = self.decoder_embed(latent)  # (B, 1 + V, E)
         if self.mask_token is not None:
@@ -157,7 +142,7 @@ class MAEPreTrainedModel(CheckpointModel):
         for module in self.modules():
             if isinstance(module, MAEEmbeddings):
                 module.position_embeddings.requires_grad_(self.trains_position_table)
-            elif isinstance(module, MAEDecoder | MAECrossDecoder):
+            elif isinstance(module, DecoderLayers):
                 module.decoder_pos_embed.requires_grad_(False)
 
     @torch.no_grad()
@@ -184,7 +169,7 @@ class MAEPreTrainedModel(CheckpointModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.hidden_size, self.config.grid_shape)
             init.copy_(module.position_embeddings, table)
-        elif isinstance(module, MAEDecoder | MAECrossDecoder):
+        elif isinstance(module, DecoderLayers):
             if module.mask_token is not None:
                 init.normal_(module.mask_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid_shape)

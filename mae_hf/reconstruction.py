@@ -31,47 +31,6 @@ class MAEReconstruction(ModelOutput):
     mask: Tensor | None = None
 
 
-def reconstruction_pictures(
-    pixel_values: Tensor,
-    logits: Tensor,
-    mask: Tensor,
-    patch_shape: tuple[int, int],
-    norm_pix_loss: bool,
-    image_mean: list[float] | None = None,
-    image_std: list[float] | None = None,
-) -> MAEReconstruction:
-    """The pictures of one pass.
-
-    Args:
-        pixel_values: (B, C, H, W) normalised images.
-        logits: (B, N, P*Q*C), every patch as predicted.
-        mask: (B, N), 1 where a patch was hidden.
-        patch_shape: (height, width) of a patch in pixels.
-        norm_pix_loss: predictions are normalised by patch, and get the mean and deviation of the true patch back, as in
-            the paper's figures.
-        image_mean, image_std: undo the normalisation of the images, one value a channel; both or neither.
-    """
-    patches = patchify(pixel_values, patch_shape).float()
-    predicted = denormalize_patches(logits, patches) if norm_pix_loss else logits.float()
-    hidden = mask.unsqueeze(-1).bool()  # (B, N, 1)
-    grid_shape = (pixel_values.shape[2] // patch_shape[0], pixel_values.shape[3] // patch_shape[1])
-
-    def picture(patches: Tensor) -> Tensor:
-        images = unpatchify(patches, patch_shape, grid_shape)
-        if image_mean is None or image_std is None:
-            return images
-        mean, std = images.new_tensor(image_mean), images.new_tensor(image_std)
-        return images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-
-    return MAEReconstruction(
-        image=picture(patches),
-        masked=picture(patches.masked_fill(hidden, 0)),
-        reconstruction=picture(predicted),
-        pasted=picture(torch.where(hidden, predicted, patches)),
-        mask=mask,
-    )
-
-
 class ReconstructionMixin(CheckpointModel):
     """The pictures of `MAEForPreTraining`, which has a `decoder`, and whether they would show anything."""
 
@@ -142,12 +101,21 @@ class ReconstructionMixin(CheckpointModel):
             output = self(pixel_values, return_dict=True, **masking)
         finally:
             self.train(was_training)
-        return reconstruction_pictures(
-            pixel_values,
-            output.logits,
-            output.mask,
-            self.config.patch_shape,
-            self.config.norm_pix_loss,
-            image_mean,
-            image_std,
+        patches = patchify(pixel_values, self.config.patch_shape).float()
+        predicted = denormalize_patches(output.logits, patches) if self.config.norm_pix_loss else output.logits.float()
+        hidden = output.mask.unsqueeze(-1).bool()  # (B, N, 1)
+
+        def picture(patches: Tensor) -> Tensor:
+            images = self.unpatchify(patches, (pixel_values.shape[2], pixel_values.shape[3]))
+            if image_mean is None or image_std is None:
+                return images
+            mean, std = images.new_tensor(image_mean), images.new_tensor(image_std)
+            return images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+
+        return MAEReconstruction(
+            image=picture(patches),
+            masked=picture(patches.masked_fill(hidden, 0)),
+            reconstruction=picture(predicted),
+            pasted=picture(torch.where(hidden, predicted, patches)),
+            mask=output.mask,
         )

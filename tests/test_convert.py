@@ -753,6 +753,15 @@ def test_a_folder_keeps_its_image_processor(tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path / "with").image_mean == (0.1, 0.2, 0.3)
 
 
+def test_another_image_size__of_a_processor_that_does_not_normalise(tmp_path):
+    vit_mae_folder(tmp_path / "theirs")
+    ViTImageProcessor(do_normalize=False, image_mean=None, image_std=None, size=32).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "out", image_size=(64, 32))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.do_normalize is False
+    assert processor(Image.new("RGB", (90, 70)), return_tensors="pt").pixel_values.shape == (1, 3, 64, 32)
+
+
 @pytest.mark.parametrize("crop", [True, False])
 def test_another_image_size__is_that_of_the_image_processor_too(crop, tmp_path):
     vit_mae_folder(tmp_path / "theirs")
@@ -764,7 +773,7 @@ def test_another_image_size__is_that_of_the_image_processor_too(crop, tmp_path):
     pixel_values = processor(Image.new("RGB", (90, 70)), return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 64, 64)
     assert (processor.image_mean, processor.resample) == ((0.1, 0.2, 0.3), 2)
-    assert processor.size["shortest_edge"] == (128 if crop else 64)
+    assert dict(processor.size) == ({"shortest_edge": 128} if crop else {"height": 64, "width": 64})
     MAEModel.from_pretrained(tmp_path / "out")(pixel_values)
 
 

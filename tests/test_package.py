@@ -76,7 +76,10 @@ def test_command__has_every_script(site: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "usage: " in done.stdout
     assert PROJECT["scripts"] == {"mae-hf": "mae_hf.cli:main"}
-    assert "Sub-commands: pretrain, finetune" in in_site(["-m", "mae_hf.cli"], site, tmp_path).stdout
+    assert (
+        "Sub-commands are pretrain, finetune, linear_probe, visualize and convert"
+        in in_site(["-m", "mae_hf.cli"], site, tmp_path).stdout
+    )
     unknown = in_site(["-m", "mae_hf.cli", "train"], site, tmp_path)
     assert (unknown.returncode, unknown.stderr[:45]) == (1, "mae-hf: 'train' is an unknown sub-command. Kn")
 

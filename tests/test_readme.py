@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from mae_hf.reconstruction import MAEReconstruction
 from mae_hf.training import recipe
-from mae_hf.training.reconstruction import save_picture
+from mae_hf.training.pictures import save_picture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -205,6 +205,18 @@ def test_eval_only__says_that_the_classifier_was_made_for_another_view(
         assert (sentence in capsys.readouterr().out) == is_said
 
 
+def test_eval_only__again_and_beside_its_checkpoint(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    finetune(pets, checkpoint, tmp_path / "run", "--epochs", "1")
+    classifier = shutil.copytree(tmp_path / "run" / "best", tmp_path / "classifier")
+    before = (classifier / "model.safetensors").read_bytes()
+    results = []
+    for output in (tmp_path / "judged", tmp_path / "judged", classifier):
+        finetune(pets, classifier, output, "--eval_only", "true")
+        results.append(json.loads((output / "results.json").read_text()))
+    assert results[0] == results[1] == results[2]
+    assert (classifier / "model.safetensors").read_bytes() == before
+
+
 def test_labels_of_a_checkpoint__go_by_their_numbers(tmp_path: Path) -> None:
     """A config.json whose keys were sorted as words: 0, 1, 10, 11, 2, ..."""
     names = {number: f"c{number}" for number in range(12)}

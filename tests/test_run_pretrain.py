@@ -84,7 +84,7 @@ def test_quickstart__leaves_a_model_that_loads(tmp_path: Path) -> None:
         "resume    nothing to resume, starting at step 0",
         "step 40/56  epoch 0.71  loss",
         f"The model is in {run}",
-        f"python examples/visualize.py {run} YOUR_IMAGE.jpg",
+        f"mae-hf visualize {run} YOUR_IMAGE.jpg",
     ):
         assert line in done.stdout, done.stdout
 

@@ -332,7 +332,7 @@ class Recipe:
                     f"The run folder {self.output_dir} is inside the images of {name}, {images}, so that the pictures "
                     f"of the run would become images to train on: choose another --output_dir."
                 )
-        model = getattr(self, "model_name_or_path", None)
+        model = None if getattr(self, "only_evaluates", False) else getattr(self, "model_name_or_path", None)
         if model and Path(model).exists() and Path(model).resolve().is_relative_to(Path(self.output_dir).resolve()):
             raise ValueError(
                 f"The run folder {self.output_dir} holds the checkpoint to begin with, {model}, which the run would "

@@ -87,7 +87,8 @@ class RunFolder:
         if self.starts_over:
             return
         if not file.exists():
-            if there := sorted(path.name for path in self._written(self.path, EXPORTED)):
+            only_evaluates = getattr(self.recipe, "only_evaluates", False)  # which writes no more than its results
+            if there := sorted(path.name for path in self._written(self.path, () if only_evaluates else EXPORTED)):
                 raise ValueError(
                     f"The folder {self.path} is no run's, and the run would replace what is in it "
                     f"({', '.join(there)}): choose another --output_dir, or give --overwrite true."

@@ -62,6 +62,18 @@ def write_table(count: int = 6) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=features)
 
 
+def upload_tables(images: dict[str, int], folder: Path) -> HfApi:
+    """The data set user/pictures on the Hub: tables by their path, of so many images each."""
+    api = HfApi()
+    api.create_repo("user/pictures", repo_type="dataset")
+    for path, count in images.items():
+        write_table(count).to_parquet(str(folder / "table.parquet"))
+        api.upload_file(
+            path_or_fileobj=folder / "table.parquet", path_in_repo=path, repo_id="user/pictures", repo_type="dataset"
+        )
+    return api
+
+
 def write_parquet(folder: Path) -> str:
     folder.mkdir()
     write_table().to_parquet(str(folder / "train-00000.parquet"))
@@ -402,16 +414,7 @@ def test_make_schedule__refuses_with_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_open_source__by_name_from_the_hub(streaming: bool, hub: Hub, tmp_path: Path) -> None:
-    api = HfApi()
-    api.create_repo("user/pictures", repo_type="dataset")
-    for split, count in (("train", 6), ("test", 2)):
-        write_table(count).to_parquet(str(tmp_path / f"{split}.parquet"))
-        api.upload_file(
-            path_or_fileobj=tmp_path / f"{split}.parquet",
-            path_in_repo=f"data/{split}-00000-of-00001.parquet",
-            repo_id="user/pictures",
-            repo_type="dataset",
-        )
+    upload_tables({"data/train-00000-of-00001.parquet": 6, "data/test-00000-of-00001.parquet": 2}, tmp_path)
     source = open_source("user/pictures", "test", streaming=streaming)
     assert source.name == "user/pictures"
     assert sorted(which(row["image"]) for row in source.images) == [0, 1]

@@ -17,10 +17,9 @@ import pytest
 import run_finetune
 import run_pretrain
 from hub import Hub
-from huggingface_hub import HfApi
 from PIL import Image
 from test_run_pretrain import SMALL
-from training.test_samples import encoded, pixels, which, write_folder, write_shards, write_table
+from training.test_samples import encoded, pixels, upload_tables, which, write_folder, write_shards, write_table
 
 from mae_hf.training.labels import Classes
 from mae_hf.training.recipe import FinetuneRecipe, ProbeRecipe, parse_recipe
@@ -454,16 +453,7 @@ def test_dataset_config__is_asked_for_and_heeded(
 ) -> None:
     card = "---\nconfigs:\n- config_name: few\n  data_files: few.parquet\n"
     card += "- config_name: many\n  data_files: many.parquet\n---\n"
-    api = HfApi()
-    api.create_repo("user/pictures", repo_type="dataset")
-    for name, count in (("few", 6), ("many", 8)):
-        write_table(count).to_parquet(str(tmp_path / f"{name}.parquet"))
-        api.upload_file(
-            path_or_fileobj=tmp_path / f"{name}.parquet",
-            path_in_repo=f"{name}.parquet",
-            repo_id="user/pictures",
-            repo_type="dataset",
-        )
+    api = upload_tables({"few.parquet": 6, "many.parquet": 8}, tmp_path)
     file = io.BytesIO(card.encode())
     api.upload_file(path_or_fileobj=file, path_in_repo="README.md", repo_id="user/pictures", repo_type="dataset")
     words = ["--dataset", "user/pictures", *SMALL, "--epochs", "1", "--output_dir", str(tmp_path / "run")]

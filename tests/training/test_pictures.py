@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mae_hf import MAEReconstruction
-from mae_hf.training.reconstruction import save_picture
+from mae_hf.training.pictures import save_picture
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
