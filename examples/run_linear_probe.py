@@ -11,21 +11,20 @@ file, then the command line. Starting again in a run folder continues the run.
 """
 
 import copy
-import math
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
     recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
     run_path(str(recipe_file))["check_command_line"]("ProbeRecipe")
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,13 +32,12 @@ from torch.nn import functional as F
 from mae_hf import MAEModel
 from mae_hf.layers import pool
 from mae_hf.training.augment import eval_transform, train_transform
-from mae_hf.training.baseline import doubts
-from mae_hf.training.decode import printable
-from mae_hf.training.faults import StopSignal, check_launcher, main_process_first, run_script
+from mae_hf.training.faults import run_script
 from mae_hf.training.files import as_json
+from mae_hf.training.labels import first_names
+from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.metrics import ClassificationMetrics, classification_metrics
-from mae_hf.training.optim import LARS, lr_at, parameter_groups
-from mae_hf.training.order import make_schedule
+from mae_hf.training.optim import LARS, parameter_groups
 from mae_hf.training.probes import (
     AttentiveProbe,
     LinearProbe,
@@ -50,12 +48,10 @@ from mae_hf.training.probes import (
     frozen_encoder,
     knn_accuracy,
 )
-from mae_hf.training.progress import DataClock, Progress, StepLosses, where_it_goes_on
 from mae_hf.training.recipe import ProbeRecipe, read_recipe
-from mae_hf.training.run import RunFolder, best_precision, closes_run_folder, start_trackers
-from mae_hf.training.samples import EvalImages, LabelledImages, batches, names_of_step
-from mae_hf.training.sharding import bare, check_whole
-from mae_hf.training.skipped import Skipped
+from mae_hf.training.run import closes_run_folder
+from mae_hf.training.samples import EvalImages, LabelledImages
+from mae_hf.training.sharding import check_whole
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 from mae_hf.training.starting_weights import load_with_encoder
 
@@ -95,25 +91,87 @@ def build_optimizer(recipe: ProbeRecipe, probes: SideBySide) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
+def banner(
+    recipe: ProbeRecipe, source: ImageSource, eval_source: ImageSource, selection: ImageSource | None, parameters: int
+) -> dict[str, str]:
+    """What is said about the probe before it begins."""
+    pooled_by = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
+    about = {
+        "images": source.summary,
+        "eval set": eval_source.summary,
+        "classes": first_names(source.label_names),
+        "encoder": f"{recipe.model_name_or_path}, {parameters:,} parameters, frozen",
+        "probe": f"{recipe.probe}, on the {pooled_by if recipe.probe == 'linear' else 'tokens'}",
+    }
+    if selection is not None:
+        about["choice"] = f"among the learning rates by {selection.length:,} further training images"
+    return about
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the probes and the neighbours are worth.
+
+    Args:
+        recipe: of the run.
+        metrics: of the probe of each learning rate, on the evaluation set.
+        selection: their top-1 on the training images that were held out to choose by; `None` where there is one probe.
+        knn: top-1 for each k.
+        train_images: how many there are.
+        features_seconds: that the encoder took for them, without crops.
+    """
+
+    recipe: ProbeRecipe
+    metrics: list[ClassificationMetrics]
+    selection: list[float] | None
+    knn: dict[int, float]
+    train_images: int
+    features_seconds: float
+
+    @property
+    def chosen(self) -> int:
+        """Which probe."""
+        return 0 if self.selection is None else self.selection.index(max(self.selection))
+
+    def summary(self, label_names: list[str]) -> dict[str, Any]:
+        """All numbers, for results.json."""
+        names, best = [f"{base_lr:g}" for base_lr in self.recipe.all_base_lrs], self.metrics[self.chosen]
+        return {
+            self.recipe.probe: dict(zip(names, [metrics.top1 for metrics in self.metrics], strict=True)),
+            "selection": None if self.selection is None else dict(zip(names, self.selection, strict=True)),
+            "chosen_base_lr": self.recipe.all_base_lrs[self.chosen],
+            **best.summary(),
+            "per_class": dict(zip(label_names, best.per_class, strict=True)),
+            "knn": {str(k): top1 for k, top1 in self.knn.items()},
+            "train_images": self.train_images,
+            "eval_images": best.count,
+            "features_seconds": self.features_seconds,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The numbers for a person."""
+        base_lrs = self.recipe.all_base_lrs
+        for position, base_lr in enumerate(base_lrs):
+            chosen_by = "" if self.selection is None else f"{self.selection[position]:.2%} of the images to choose by, "
+            yield f"base lr {base_lr:<8g} {chosen_by}{self.metrics[position].top1:.2%} of the evaluation set"
+        chosen = base_lrs[self.chosen]
+        if self.selection is not None and chosen in (min(base_lrs), max(base_lrs)):
+            end, beyond = ("lowest", "lower") if chosen == min(base_lrs) else ("highest", "higher")
+            yield f"warning   base lr {chosen:g} is the {end} of --base_lrs: a {beyond} one may be better still."
+        for k, top1 in self.knn.items():
+            yield f"k-NN {k:<11} {top1:.2%}"
+        best = self.metrics[self.chosen]
+        yield f"{self.recipe.probe} probe: {best.accuracy}  on {best.count:,} images, at base lr {chosen:g}."
+
+
 @closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
-    # ----------------------------------------------------------------------------------------------------------------
-    # Recipe, processes, images, encoder
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- recipe, processes, images, encoder
     recipe = read_recipe(ProbeRecipe, arguments)
-    check_launcher()
-    trackers = None if recipe.report_to == "none" else recipe.report_to
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision or best_precision(),
-        log_with=trackers,
-        project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout))],
-    )
+    run = Run(recipe)
+    accelerator, say, device = run.accelerator, run.say, run.device
     check_whole(accelerator)
-    stop = StopSignal(accelerator, recipe.process_timeout)
-    say, device = accelerator.print, accelerator.device
-
-    with main_process_first(accelerator):  # the others find what it has written to the cache
+    with run.main_process_first():
         source, eval_source = open_labelled(recipe)
         selection = None
         if recipe.base_lrs is not None:  # the choice is made on training images, or the result would be flattered
@@ -123,66 +181,21 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)
     config = encoder.config
-    fingerprints = {"train": source.fingerprint, "evaluation": eval_source.fingerprint}
-    folder = RunFolder(recipe.output_dir, recipe.resolved(config, accelerator.mixed_precision), fingerprints)
-    recipe = folder.recipe
-    is_linear, base_lrs = recipe.probe == "linear", recipe.all_base_lrs
-    num_tokens = (
-        1 if is_linear or recipe.augment else config.num_prefix_tokens + config.num_patches
-    )  # of an image, that are kept
-    check_features_fit(source.length, num_tokens * config.hidden_size)
-
-    schedule = make_schedule(
-        source,
-        recipe.epochs,
-        recipe.total_batch_size,
-        recipe.per_device_batch_size,
-        accelerator.num_processes,
-        recipe.images_per_epoch,
-    )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
-
+    recipe = run.open(recipe, config, source, eval_source)
+    is_linear = recipe.probe == "linear"
+    kept = 1 if is_linear or recipe.augment else config.num_prefix_tokens + config.num_patches  # tokens of an image
+    check_features_fit(source.length, kept * config.hidden_size)
+    run.plan(source)
     probes = build_probes(recipe, config.hidden_size, len(label_names))
-    optimizer = build_optimizer(recipe, probes)
-    probes, optimizer = accelerator.prepare(probes, optimizer)
-    bare_probes = bare(accelerator, probes)
+    probes, optimizer, bare_probes = run.prepare(probes, build_optimizer(recipe, probes), accumulates=False)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Say what is about to happen; resume if the folder has a checkpoint
-    # ----------------------------------------------------------------------------------------------------------------
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    seen_by_linear = "mean of the patch tokens" if recipe.pooling == "mean" else "class token"
-    say(f"images    {source.summary}")
-    say(f"eval set  {eval_source.summary}")
-    first_names = ", ".join(printable(name) for name in label_names[:10])
-    say(f"classes   {len(label_names)}: {first_names}{', ...' if len(label_names) > 10 else ''}")
-    say(f"encoder   {recipe.model_name_or_path}, {parameters:,} parameters, frozen")
-    say(f"probe     {recipe.probe}, on the {seen_by_linear if is_linear else 'tokens'}")
-    say(f"device    {accelerator.num_processes} x {device.type}, precision {accelerator.mixed_precision}")
-    say(
-        f"batch     {recipe.total_batch_size} in total = {schedule.num_processes} processes x "
-        f"{schedule.micro_batch_size} images x {schedule.rounds} rounds of accumulation"
-    )
-    for base_lr, effective_lr in zip(base_lrs, recipe.effective_lrs, strict=True):
-        say(f"lr        base {base_lr:.3g}, effective {effective_lr:.3g}")
-    if selection is not None:
-        say(f"choice    among them by {selection.length:,} further training images")
-    say(f"steps     {total_steps} = {recipe.epochs} epochs x {schedule.steps_per_epoch:.4g}, {warmup_steps} to warm up")
-    for doubt in doubts(total_steps, schedule.steps_per_epoch, warmup_steps):
-        say(f"warning   {doubt}")
-    say(f"folder    {folder.path}")
+    # --- what is about to happen; resume if the folder has a checkpoint
+    rates = zip(recipe.all_base_lrs, recipe.effective_lrs, strict=True)
+    about = banner(recipe, source, eval_source, selection, number_of_parameters(encoder))
+    run.announce(about, [f"base {base_lr:.3g}, effective {effective_lr:.3g}" for base_lr, effective_lr in rates])
+    run.begin()
 
-    if accelerator.is_main_process:
-        folder.start()
-    if trackers is not None:
-        start_trackers(accelerator, recipe)
-    accelerator.wait_for_everyone()
-    first_step, earlier_losses = folder.resume(accelerator, total_steps)
-    say(where_it_goes_on(first_step, total_steps))
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Features that are computed once
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- what the frozen encoder sees in an image
     encode = frozen_encoder(encoder, recipe.image_mean, recipe.image_std, tokens=not is_linear)
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
 
@@ -190,31 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
         """What the function says of the images as they are evaluated, without anything random; and their labels."""
         fixed = EvalImages(images, eval_view, config.num_channels, recipe.seed)
         with accelerator.autocast():
-            loading = (recipe.per_device_batch_size, recipe.num_workers, stop.heeded, recipe.max_skipped_images)
+            loading = (recipe.per_device_batch_size, recipe.num_workers, run.stop.heeded, recipe.max_skipped_images)
             return extract_features(function, fixed, *loading)
-
-    started = time.perf_counter()
-    if not recipe.augment:
-        features, labels = of_all(encode, source)
-        seconds = time.perf_counter() - started
-        say(
-            f"features  {len(labels):,} images encoded once in {seconds:.0f} s, {features.nbytes / 2**20:,.0f} MiB; at "
-            f"each of {recipe.epochs} epochs it would be {recipe.epochs * len(labels):,} images, about "
-            f"{recipe.epochs * seconds:.0f} s"
-        )
-    features_seconds = time.perf_counter() - started
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # The loop
-    # ----------------------------------------------------------------------------------------------------------------
-    index = accelerator.process_index
-    if recipe.augment:
-        transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-        images = LabelledImages(source, transform, config.num_channels, recipe.seed)
-        loader = batches(images, schedule, first_step, index, recipe.num_workers, recipe.shuffle_buffer)
-        data = DataClock(stop.heeded(loader))
-    else:
-        data = DataClock(stop.heeded(feature_batches(features, labels, schedule, first_step, index, recipe.seed)))
 
     def encoded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Features and labels of a micro-batch, on the device."""
@@ -223,99 +213,64 @@ def main(arguments: list[str] | None = None) -> None:
         with accelerator.autocast():
             return encode(batch["pixel_values"]), batch["label"].to(device, non_blocking=True)
 
-    def names(step: int) -> list[str]:
-        if recipe.augment:
-            return names_of_step(images, schedule, step, recipe.shuffle_buffer)
-        return ["features at hand"]
+    started = time.perf_counter()
+    if recipe.augment:
+        transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
+        steps = run.steps(LabelledImages(source, transform, config.num_channels, recipe.seed))
+    else:
+        features, labels = of_all(encode, source)
+        seconds, times = time.perf_counter() - started, recipe.epochs
+        say(
+            f"features  {len(labels):,} images encoded once in {seconds:.0f} s, {features.nbytes / 2**20:,.0f} MiB; at "
+            f"each of {times} epochs it would be {times * len(labels):,} images, about {times * seconds:.0f} s"
+        )
+        division = (run.schedule, run.first_step, accelerator.process_index, recipe.seed)
+        steps = run.steps_from(feature_batches(features, labels, *division), lambda step: ["features at hand"])
+    features_seconds = time.perf_counter() - started
 
-    skipped = Skipped(folder, schedule.images_per_epoch, recipe.max_skipped_images, accelerator, say)
-    progress = Progress(total_steps, first_step, accelerator.is_main_process, recipe.log_every)
-    probes.train()
-    parts = 1 if is_linear else schedule.rounds
-    losses, logged_step, logged_time = StepLosses(accelerator, earlier_losses), first_step, time.perf_counter()
-
-    def save() -> None:
-        """A checkpoint of the steps that are done; every process calls this."""
-        skipped.gather(progress.step * recipe.total_batch_size)  # its list is to go as far
-        folder.save(accelerator, progress.step, losses.values(progress.step, names), recipe.keep_checkpoints)
-
-    stop.begin(folder, progress, save)
-    for step in range(first_step + 1, total_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step - 1, total_steps, warmup_steps, group["peak_lr"], recipe.min_lr)
+    # --- the loop
+    rounds = run.schedule.rounds
+    parts = 1 if is_linear else rounds
+    for step in steps:
         gathered: list[tuple[Tensor, Tensor]] = []
-        step_loss = torch.zeros(len(base_lrs), device=device)
-        for _ in range(schedule.rounds):
-            batch = next(data)
-            skipped.note(step, batch.get("problem", []))  # features at hand have none
+        for batch in run.rounds(step):
             seen, targets = encoded(batch)
             if is_linear:
                 # BatchNorm has to see the whole batch, whatever it is divided into. Nothing flows back into the
                 # encoder, so that the features of all rounds and processes are all that has to be kept.
                 gathered.append((seen, targets))
-                if len(gathered) < schedule.rounds:
+                if len(gathered) < rounds:
                     continue
                 seen, targets = (accelerator.gather(torch.cat(tensors)) for tensors in zip(*gathered, strict=True))
             of_probes = torch.stack([F.cross_entropy(logits, targets) for logits in probes(seen)])  # (S,)
             accelerator.backward(of_probes.sum() / parts)  # the probes share nothing, so each gets its own gradient
-            step_loss += of_probes.detach() / parts
+            run.add_loss(of_probes, parts)
         optimizer.step()
         optimizer.zero_grad()
-        losses.add(step_loss)
-        progress.advance(step_loss)
+        run.end_step(step)
+        run.save_if_due(step)
+    run.end_steps()
 
-        if step % recipe.log_every == 0 or step == total_steps:  # the only point that waits for the device
-            means = [loss if math.isfinite(loss) else math.inf for loss in losses.mean(step, names)]
-            lowest = min(range(len(means)), key=means.__getitem__)
-            skipped.gather(step * recipe.total_batch_size)
-            steps, seconds = step - logged_step, time.perf_counter() - logged_time
-            record = {
-                "step": step,
-                "epoch": step / schedule.steps_per_epoch,
-                "loss": means[lowest],  # of the probe that fits best, with its learning rate
-                "lr": lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lrs[lowest], recipe.min_lr),
-                "images_per_second": steps * recipe.total_batch_size / seconds,
-                "data_wait": data.waited / seconds,
-            }
-            if accelerator.is_main_process:
-                folder.log(record)
-            accelerator.log(record, step=step)
-            progress.show(record)
-            losses.clear()
-            data.waited, logged_step, logged_time = 0.0, step, time.perf_counter()
-        if step % recipe.save_every == 0 or step == total_steps:
-            save()
-    folder.wait()
-    progress.close()
-    stop.finish()
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # The choice, the judgement, the neighbours
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- the choice, the evaluation set, the neighbours
     bare_probes.eval()
 
     def pooled(seen: Tensor) -> Tensor:
         return seen if is_linear else pool(seen, recipe.pooling, config.num_prefix_tokens)
 
-    def judge(images: ImageSource) -> tuple[list[ClassificationMetrics], Tensor, Tensor]:
+    def evaluate(images: ImageSource) -> tuple[list[ClassificationMetrics], Tensor, Tensor]:
         """The metrics of each probe; and the pooled features (M, D) with the labels (M,), from the same pass."""
 
         def look(pixel_values: Tensor) -> Tensor:
             seen = encode(pixel_values)
-            logits = bare_probes(seen).transpose(0, 1).flatten(1)  # (B, SK)
-            return torch.cat([pooled(seen), logits], dim=1)
+            return torch.cat([pooled(seen), bare_probes(seen).transpose(0, 1).flatten(1)], dim=1)  # (B, D + SK)
 
         seen, targets = of_all(look, images)
-        logits = seen[:, config.hidden_size :].unflatten(1, (len(base_lrs), -1))  # (M, S, K)
+        logits = seen[:, config.hidden_size :].unflatten(1, (len(bare_probes), -1))  # (M, S, K)
         metrics = [classification_metrics(of_probe, targets) for of_probe in logits.unbind(1)]
         return metrics, seen[:, : config.hidden_size], targets
 
-    chosen, top1_of_choice = 0, None
-    if selection is not None:
-        top1_of_choice = [metrics.top1 for metrics in judge(selection)[0]]
-        chosen = top1_of_choice.index(max(top1_of_choice))
-    judged, eval_features, eval_labels = judge(eval_source)
-
+    of_selection = None if selection is None else [metrics.top1 for metrics in evaluate(selection)[0]]
+    metrics, *to_classify = evaluate(eval_source)
     started = time.perf_counter()
     if recipe.augment:
         features, labels = of_all(lambda pixel_values: pooled(encode(pixel_values)), source)
@@ -323,48 +278,19 @@ def main(arguments: list[str] | None = None) -> None:
         features = pooled(features)
     features_seconds += time.perf_counter() - started
     ks = [k for k in recipe.knn_k if k <= len(labels)]
-    knn = {}
-    if ks:  # every process counts for itself: it has everything, and it takes seconds
-        of_train, of_judges = (
-            (features.to(device), labels.to(device)),
-            (eval_features.to(device), eval_labels.to(device)),
-        )
-        knn = knn_accuracy(*of_train, *of_judges, ks, recipe.knn_temperature)
+    everything = (tensor.to(device) for tensor in (features, labels, *to_classify))  # each process counts for itself
+    knn = knn_accuracy(*everything, ks, recipe.knn_temperature) if ks else {}
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The results, and the probe
-    # ----------------------------------------------------------------------------------------------------------------
-    names = [f"{base_lr:g}" for base_lr in base_lrs]
-    best = judged[chosen]
-    results = {
-        recipe.probe: {name: metrics.top1 for name, metrics in zip(names, judged, strict=True)},
-        "selection": None if top1_of_choice is None else dict(zip(names, top1_of_choice, strict=True)),
-        "chosen_base_lr": base_lrs[chosen],
-        **best.summary(),
-        "per_class": dict(zip(label_names, best.per_class, strict=True)),
-        "knn": {str(k): top1 for k, top1 in knn.items()},
-        "train_images": len(labels),
-        "eval_images": best.count,
-        "features_seconds": features_seconds,  # of the training images, without crops
-    }
-    with folder.exporting(accelerator) as path:
-        if accelerator.is_main_process:
-            (path / "results.json").write_text(as_json(results, indent=2) + "\n")
-            save_file(bare_probes[chosen].state_dict(), path / "probe.safetensors")
-    accelerator.end_training()
-    folder.close()
-    for position, name in enumerate(names):
-        of_selection = "" if top1_of_choice is None else f"{top1_of_choice[position]:.2%} of the images to choose by, "
-        say(f"base lr {name:<8} {of_selection}{judged[position].top1:.2%} of the evaluation set")
-    if selection is not None and base_lrs[chosen] in (min(base_lrs), max(base_lrs)):
-        end, beyond = ("lowest", "lower") if base_lrs[chosen] == min(base_lrs) else ("highest", "higher")
-        say(f"warning   base lr {names[chosen]} is the {end} of --base_lrs: a {beyond} one may be better still.")
-    for k, top1 in knn.items():
-        say(f"k-NN {k:<11} {top1:.2%}")
-    say(
-        f"{recipe.probe} probe: {best.accuracy}  on {best.count:,} images, at base lr "
-        f"{names[chosen]}. All numbers are in {folder.path / 'results.json'}, the probe beside it."
-    )
+    # --- the results, and the probe
+    results = Results(recipe, metrics, of_selection, knn, len(labels), features_seconds)
+    with run.folder.exporting(accelerator) as path:
+        if run.is_main:
+            (path / "results.json").write_text(as_json(results.summary(label_names), indent=2) + "\n")
+            save_file(bare_probes[results.chosen].state_dict(), path / "probe.safetensors")
+    run.end(f"Probed for {run.total_steps} steps")
+    for line in results.lines():
+        say(line)
+    say(f"All numbers are in {run.folder.path / 'results.json'}, the probe beside it.")
 
 
 if __name__ == "__main__":

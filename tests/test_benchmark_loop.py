@@ -5,13 +5,14 @@ import math
 
 import benchmark_loop
 import pytest
-import run_pretrain
+
+from mae_hf.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_benchmark_loop__one_line_of_finite_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    batches = run_pretrain.batches
+    batches = loop.batches
     words = ["--recipe", "quickstart", "--total_batch_size", "4", "--log_every", "4"]
     benchmark_loop.main(["--steps", "12", "--save_every", "3", "--checkpoints", "3", "--", *words])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -19,4 +20,4 @@ def test_benchmark_loop__one_line_of_finite_figures(capsys: pytest.CaptureFixtur
     figures = {**result["loop_over_bare"], **result["images_per_second"], **result["checkpoint"]}
     assert all(math.isfinite(value) for name, value in figures.items() if name != "quartiles")
     assert figures["megabytes"] > 1
-    assert run_pretrain.batches is batches
+    assert loop.batches is batches

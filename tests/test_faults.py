@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 from scripts import free_port, losses, metrics, skipped
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining
+from mae_hf.training import loop
 from mae_hf.training.checkpoints import finish_writing
-from mae_hf.training.faults import STOPPED, check_launcher
+from mae_hf.training.faults import STOPPED
+from mae_hf.training.launcher import check_launcher
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -129,9 +131,9 @@ def test_signal__metrics_and_weights_go_on_as_if_undisturbed(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(step, *others)
 
-    original = run_pretrain.lr_at
+    original = loop.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(run_pretrain, "lr_at", lr_at)
+        patch.setattr(loop, "lr_at", lr_at)
         with pytest.raises(SystemExit) as stopped:
             pretrain(photos, tmp_path / "run", *words)
     assert stopped.value.code == STOPPED
@@ -248,9 +250,9 @@ def test_signal__an_evaluation_that_was_broken_off_is_done_later(
         return original(*arguments)
 
     whole = finetune(tmp_path / "whole")
-    original, evaluations = run_finetune.predict, iter(range(1, 5))
+    original, evaluations = loop.predict, iter(range(1, 5))
     with monkeypatch.context() as patch:
-        patch.setattr(run_finetune, "predict", predict)
+        patch.setattr(loop, "predict", predict)
         with pytest.raises(SystemExit) as stopped:
             finetune(tmp_path / "run")
     assert stopped.value.code == STOPPED
@@ -275,7 +277,8 @@ def test_signal__bad_images_seen_before_stay_listed(
     assert skipped(tmp_path / "run") == skipped(tmp_path / "whole")
 
 
-PATCHED = "import os, run_pretrain, signal, sys, time; from mae_hf.training.faults import run_script; "
+PATCHED = "import os, run_pretrain, signal, sys, time; from mae_hf.training import loop; "
+PATCHED += "from mae_hf.training.faults import run_script; "
 
 
 def start_patched(patch: str, words: list[str]) -> subprocess.Popen[str]:
@@ -290,7 +293,7 @@ def test_interrupted_twice__ends_at_once(photos: Path, tmp_path: Path) -> None:
         photos, tmp_path / "run", *LONG, "--save_every", "100000", "--num_workers", "1", f"--output_dir={tmp_path}"
     )
     process = start_patched(
-        "run_pretrain.RunFolder.save = lambda *arguments: (print('saving', flush=True), time.sleep(99))", words
+        "loop.RunFolder.save = lambda *arguments: (print('saving', flush=True), time.sleep(99))", words
     )
     wait_for(process, "step 15/")
     os.killpg(process.pid, signal.SIGINT)
@@ -523,7 +526,7 @@ def test_float16__goes_on_after_steps_that_were_left_out(
             output.loss = output.loss * torch.inf
         return output
 
-    monkeypatch.setattr(script, "Accelerator", Watched)
+    monkeypatch.setattr(loop, "Accelerator", Watched)
     monkeypatch.setattr(model, "forward", poisoned)
     words = [*words, "--epochs", "7", "--mixed_precision", "fp16", "--log_every", "1", "--max_grad_norm", "1"]
     run = tmp_path / "run"
@@ -636,14 +639,14 @@ def copy_of(photos: Path, folder: Path) -> Path:
 
 def when_step(number: int, action, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something just before an optimizer step, counted from 0."""
-    original = run_pretrain.lr_at
+    original = loop.lr_at
 
     def lr_at(step: int, *others: float) -> float:
         if step == number:
             action()
         return original(step, *others)
 
-    monkeypatch.setattr(run_pretrain, "lr_at", lr_at)
+    monkeypatch.setattr(loop, "lr_at", lr_at)
 
 
 def test_file_disappears__is_skipped_and_counted(

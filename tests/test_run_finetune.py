@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEConfig, MAEForImageClassification
+from mae_hf.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -84,7 +85,7 @@ def test_evaluation_set__of_another_folder(pets: Path, checkpoint: Path, tmp_pat
     assert str(tmp_path) not in str(card)
 
 
-def test_run__learns_from_scratch_and_judges_itself_right(pets: Path, tmp_path: Path) -> None:
+def test_run__learns_from_scratch_and_evaluates_itself_right(pets: Path, tmp_path: Path) -> None:
     small = ["--image_size", "16", "--patch_size", "4", "--hidden_size", "32", "--num_hidden_layers", "2"]
     words = [*small, "--num_attention_heads", "2", "--mixup", "0", "--cutmix", "0", "--rand_augment", "0"]
     words += ["--random_erasing", "0", "--crop_scale", "0.9", "1.0", "--horizontal_flip", "false", "--layer_decay", "1"]
@@ -93,8 +94,8 @@ def test_run__learns_from_scratch_and_judges_itself_right(pets: Path, tmp_path: 
     learned = json.loads((tmp_path / "run" / "results.json").read_text())
     assert learned["top1"] == 1.0
     AcceleratorState._reset_state(reset_partial_state=True)
-    judge = ["--dataset", str(pets), "--model_name_or_path", str(tmp_path / "run"), "--eval_only", "true"]
-    run_finetune.main([*judge, "--eval_fraction", "0.25", "--output_dir", str(tmp_path / "again")])
+    evaluate = ["--dataset", str(pets), "--model_name_or_path", str(tmp_path / "run"), "--eval_only", "true"]
+    run_finetune.main([*evaluate, "--eval_fraction", "0.25", "--output_dir", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["per_class"] == learned["per_class"]
     assert again["loss"] == pytest.approx(learned["loss"], abs=1e-6)
@@ -126,9 +127,9 @@ def test_interrupted__ends_like_undisturbed(
             raise KeyboardInterrupt
         return original(step, *others)
 
-    original = run_finetune.lr_at
+    original = loop.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(run_finetune, "lr_at", lr_at)
+        patch.setattr(loop, "lr_at", lr_at)
         with pytest.raises(KeyboardInterrupt):
             finetune(pets, checkpoint, tmp_path / "cut", *arguments)
     resumed = finetune(pets, checkpoint, tmp_path / "cut", *arguments)
@@ -176,23 +177,23 @@ def test_labels_per_class__trains_on_so_many(
 
 
 def test_eval_only__on_some_of_the_classes(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
-    def judged(folder: Path, run: str) -> dict:
+    def evaluated(folder: Path, run: str) -> dict:
         AcceleratorState._reset_state(reset_partial_state=True)
         words = ["--dataset", str(folder), "--model_name_or_path", str(tmp_path / "run"), "--eval_only", "true"]
         run_finetune.main([*words, "--num_workers", "0", "--output_dir", str(tmp_path / run)])
         return json.loads((tmp_path / run / "results.json").read_text())
 
     finetune(pets, checkpoint, tmp_path / "run", "--mixup", "0", "--cutmix", "0")
-    of_all = judged(pets, "of_all")["per_class"]
+    of_all = evaluated(pets, "of_all")["per_class"]
     assert len({of_all["cat"], of_all["dog"], of_all["eel"]}) > 1, "a mix-up would not show"
     for name in ("cat", "eel"):
         shutil.copytree(pets / name, tmp_path / "some" / name)
-    of_some = judged(tmp_path / "some", "of_some")
+    of_some = evaluated(tmp_path / "some", "of_some")
     assert of_some["per_class"] == {**of_all, "dog": None}
     assert of_some["count"] == 16
     (tmp_path / "some" / "cat").rename(tmp_path / "some" / "ape")
     with pytest.raises(ValueError, match=r"of \['cat', 'dog', 'eel'\], and the images have other.*\['ape', 'eel'\]"):
-        judged(tmp_path / "some", "of_others")
+        evaluated(tmp_path / "some", "of_others")
 
 
 def test_eval_only__says_that_the_classifier_was_made_for_another_view(
@@ -210,7 +211,7 @@ def test_eval_only__again_and_beside_its_checkpoint(pets: Path, checkpoint: Path
     classifier = shutil.copytree(tmp_path / "run" / "best", tmp_path / "classifier")
     before = (classifier / "model.safetensors").read_bytes()
     results = []
-    for output in (tmp_path / "judged", tmp_path / "judged", classifier):
+    for output in (tmp_path / "evaluated", tmp_path / "evaluated", classifier):
         finetune(pets, classifier, output, "--eval_only", "true")
         results.append(json.loads((output / "results.json").read_text()))
     assert results[0] == results[1] == results[2]

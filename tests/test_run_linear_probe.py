@@ -17,6 +17,7 @@ from scripts import launch, losses, metrics
 from torch import Tensor
 
 from mae_hf import MAEForImageClassification, MAEModel
+from mae_hf.training import loop
 from mae_hf.training.augment import eval_transform
 from mae_hf.training.metrics import classification_metrics
 from mae_hf.training.probes import LinearProbe, check_features_fit, extract_features, frozen_encoder
@@ -72,7 +73,7 @@ def test_run__says_and_leaves_what_the_probe_is_worth(
     assert left["knn"].keys() == {"1", "3"}  # there are no 20 neighbours
     assert left["top1"] == 1.0  # stripes that stand, lie or slant
 
-    # What is saved is what was judged, with the pixels of the checkpoint.
+    # What is saved is what was evaluated, with the pixels of the checkpoint.
     _, eval_source = hold_out(open_source(str(pets), labelled=True), 0.25, seed=0)
     encode = frozen_encoder(MAEModel.from_pretrained(checkpoint, pooling="cls"), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
     features, labels = extract_features(encode, LabelledImages(eval_source, eval_transform((32, 32), 1.0), 3, seed=0))
@@ -138,16 +139,16 @@ def test_interrupted__ends_like_undisturbed(
 ) -> None:
     arguments = ("--save_every", "3", "--per_device_batch_size", "4", *kind)
     undisturbed = probe(pets, checkpoint, tmp_path / "whole", *arguments)
-    original, calls = run_linear_probe.RunFolder.log, []
+    original, calls = loop.RunFolder.log, []
 
-    def log(folder: run_linear_probe.RunFolder, record: dict) -> None:
+    def log(folder: loop.RunFolder, record: dict) -> None:
         original(folder, record)
         calls.append(record)
         if record["step"] == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_linear_probe.RunFolder, "log", log)
+        patch.setattr(loop.RunFolder, "log", log)
         with pytest.raises(KeyboardInterrupt):
             probe(pets, checkpoint, tmp_path / "cut", *arguments)
     assert len(metrics(tmp_path / "cut")) == 5
@@ -167,7 +168,7 @@ def test_sweep__each_probe_is_trained_as_if_alone_and_chosen_on_training_images(
     probe(pets, checkpoint, tmp_path / "run", "--base_lrs", "1e-6", "100", *selection)
     said = capsys.readouterr().out
     assert "a local folder of images, 12 images" in said
-    assert "choice    among them by 6 further training images" in said
+    assert "choice    among the learning rates by 6 further training images" in said
     assert "base lr 100 is the highest of --base_lrs: a higher one may be better still" in said
     probe(pets, checkpoint, tmp_path / "other", "--base_lrs", "100", "3", *selection)
     in_first, in_second = trained(tmp_path / "run"), trained(tmp_path / "other")

@@ -20,6 +20,7 @@ from training.test_samples import write_shards
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining, MAEModel
+from mae_hf.training import loop
 from mae_hf.training.augment import image_processor
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -180,9 +181,9 @@ def test_interrupted__ends_like_undisturbed(
             raise KeyboardInterrupt
         return original(step, *others)
 
-    original = run_pretrain.lr_at
+    original = loop.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(run_pretrain, "lr_at", lr_at)
+        patch.setattr(loop, "lr_at", lr_at)
         with pytest.raises(KeyboardInterrupt):
             pretrain(photos, tmp_path / "cut", *arguments)
     assert len(metrics(tmp_path / "cut")) == 7
@@ -305,9 +306,9 @@ def test_loop__waits_for_the_device_only_where_it_logs_or_saves(
         step_now = step + 1
         return original_lr_at(step, *others)
 
-    original_tolist, original_lr_at = torch.Tensor.tolist, run_pretrain.lr_at
+    original_tolist, original_lr_at = torch.Tensor.tolist, loop.lr_at
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    monkeypatch.setattr(run_pretrain, "lr_at", lr_at)
+    monkeypatch.setattr(loop, "lr_at", lr_at)
     words = ("--log_every", "4", "--save_every", "6", "--per_device_batch_size", "2", "--max_grad_norm", "1")
     with Watch():
         records = pretrain(photos, tmp_path, *words, "--num_workers", "1")  # a worker may read what it likes

@@ -31,6 +31,7 @@ from scripts import launch, losses, metrics
 from tiny import tiny_config
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining
+from mae_hf.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -153,7 +154,7 @@ def test_launched_by_what_cannot_train__is_refused(
             super().__init__(**arguments)
             self.__class__ = type("Told", (Accelerator,), {"distributed_type": kind, **told})
 
-    monkeypatch.setattr(script, "Accelerator", Launched)
+    monkeypatch.setattr(loop, "Accelerator", Launched)
     words = ["--dataset", str(pets), "--model_name_or_path", str(checkpoint), *words]
     words += ["--output_dir", str(tmp_path / "run"), *([] if script is run_pretrain else ["--eval_fraction", "0.25"])]
     with pytest.raises(ValueError, match=sentence):

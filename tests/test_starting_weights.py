@@ -23,7 +23,7 @@ FEW = [
     *("--total_batch_size", "4", "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0", "--log_every", "1"),
     *("--image_mean", "0.4", "0.5", "0.6", "--image_std", "0.2", "0.3", "0.4"),
 ]
-JUDGED = ["--eval_fraction", "0.25"]
+SPLIT = ["--eval_fraction", "0.25"]
 
 
 def pretrain(start: Path, pets: Path, output: Path, *words: str) -> None:
@@ -32,7 +32,7 @@ def pretrain(start: Path, pets: Path, output: Path, *words: str) -> None:
 
 
 def finetune(start: Path, pets: Path, output: Path, *words: str) -> None:
-    settings = ["--dataset", str(pets), "--model_name_or_path", str(start), *FEW, *JUDGED, "--output_dir", str(output)]
+    settings = ["--dataset", str(pets), "--model_name_or_path", str(start), *FEW, *SPLIT, "--output_dir", str(output)]
     run_finetune.main([*settings, *words])
 
 
@@ -41,7 +41,7 @@ def evaluate(start: Path, pets: Path, output: Path, *words: str) -> None:
 
 
 def probe(start: Path, pets: Path, output: Path, *words: str) -> None:
-    settings = ["--dataset", str(pets), "--model_name_or_path", str(start), *FEW, *JUDGED, "--output_dir", str(output)]
+    settings = ["--dataset", str(pets), "--model_name_or_path", str(start), *FEW, *SPLIT, "--output_dir", str(output)]
     run_linear_probe.main([*settings, *words])
 
 

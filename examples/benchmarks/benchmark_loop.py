@@ -37,11 +37,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from mae_hf.training import loop as training_loop
 from mae_hf.training.augment import Normalize
 from mae_hf.training.checkpoints import copied_to_host, finish_writing
+from mae_hf.training.launcher import best_precision
 from mae_hf.training.optim import parameter_groups
+from mae_hf.training.order import make_schedule
 from mae_hf.training.recipe import PretrainRecipe
-from mae_hf.training.run import best_precision
+from mae_hf.training.samples import batches
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # of the script that is measured
 import run_pretrain
@@ -140,12 +143,12 @@ def run(words: list[str], settings: dict[str, Any], alternating: Alternating) ->
     """run_pretrain with other settings, in a folder that is removed, and with the batches at hand."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         own = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        loader = run_pretrain.batches
-        run_pretrain.batches = lambda *_: alternating
+        loader = training_loop.batches
+        training_loop.batches = lambda *_: alternating
         try:
             run_pretrain.main([*words, *own, "--output_dir", folder])
         finally:
-            run_pretrain.batches = loader
+            training_loop.batches = loader
 
 
 def read_batches(recipe: PretrainRecipe) -> list[Batch]:
@@ -155,8 +158,8 @@ def read_batches(recipe: PretrainRecipe) -> list[Batch]:
     transform = run_pretrain.train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
     images = run_pretrain.PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
     batch, per_epoch = recipe.total_batch_size, recipe.total_batch_size * BATCHES
-    schedule = run_pretrain.make_schedule(source, 1, batch, batch, 1, per_epoch)
-    return list(islice(run_pretrain.batches(images, schedule, 0, 0, 0, recipe.shuffle_buffer), BATCHES))
+    schedule = make_schedule(source, 1, batch, batch, 1, per_epoch)
+    return list(islice(batches(images, schedule, 0, 0, 0, recipe.shuffle_buffer), BATCHES))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -172,16 +175,16 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = run_pretrain.read_recipe(PretrainRecipe, options.words, "quickstart")
     if options.steps < 3 * recipe.log_every:
         parser.error(f"--steps {options.steps} has no two whole periods of --log_every {recipe.log_every} to compare.")
-    batches, bare, size = read_batches(recipe), BareStep(recipe), recipe.total_batch_size
+    at_hand, bare, size = read_batches(recipe), BareStep(recipe), recipe.total_batch_size
     common = {"per_device_batch_size": size, "epochs": 1, "warmup_epochs": 0, "picture_every": 0}
 
-    loop = Alternating(batches, bare, recipe.log_every)
+    loop = Alternating(at_hand, bare, recipe.log_every)
     steps = options.steps + 1  # the last one, with its checkpoint, is not counted
     run(options.words, {**common, "images_per_epoch": steps * size, "save_every": steps}, loop)
     of_loop, of_bare = loop.periods(loop.of_loop), loop.periods(loop.of_bare)
     ratios = [bare / loop for bare, loop in zip(of_bare, of_loop, strict=True)]
 
-    saving = AlternatingWithCopies(batches, bare, options.save_every)
+    saving = AlternatingWithCopies(at_hand, bare, options.save_every)
     steps = options.save_every * (options.checkpoints + 1) + 2
     settings = {"images_per_epoch": steps * size, "save_every": options.save_every, "log_every": steps}
     run(options.words, {**common, **settings}, saving)

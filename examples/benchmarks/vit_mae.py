@@ -5,7 +5,7 @@
 
 `shipped` is what the class makes of a configuration (transformers 5.24): position tables, class token and mask token of
 zeros, the tables frozen. `repaired` fills the tables with the sin-cos table and draws the two tokens; the other weights
-keep transformers' initialisation. Settings, images, crops, masks, optimizer and schedule are those of run_pretrain.py.
+keep transformers' initialisation. Settings, images, crops, masks, optimizer and loop are those of run_pretrain.py.
 A run does not resume.
 """
 
@@ -15,19 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_hf import MAEConfig
 from mae_hf.patches import sincos_position_table
 from mae_hf.training.augment import Normalize, image_processor, train_transform
-from mae_hf.training.optim import lr_at, parameter_groups
-from mae_hf.training.order import make_schedule
-from mae_hf.training.progress import DataClock, Progress
+from mae_hf.training.loop import Run
+from mae_hf.training.optim import parameter_groups
 from mae_hf.training.recipe import PretrainRecipe, parse_recipe
-from mae_hf.training.run import RunFolder, closes_run_folder
-from mae_hf.training.samples import PretrainingImages, batches
+from mae_hf.training.run import closes_run_folder
+from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
 
 RECIPES = Path(__file__).resolve().parents[1] / "reproduce" / "recipes"
@@ -48,73 +46,44 @@ def build_vit_mae(config: MAEConfig, repaired: bool) -> ViTMAEForPreTraining:
     return model
 
 
-def train(recipe: PretrainRecipe, repaired: bool) -> None:
-    """run_pretrain.py's loop, without its checkpoints and pictures, around the other model."""
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    source = open_source(recipe.dataset, recipe.split, recipe.image_column, config=recipe.dataset_config)
-    recipe = recipe.fitted(source.length)
-    set_seed(recipe.seed)
-    config = recipe.config()
-    bare_model = build_vit_mae(config, repaired)
-    if recipe.attn_implementation:
-        bare_model.set_attn_implementation(recipe.attn_implementation)
-    resolved = replace(recipe.resolved(config, accelerator.mixed_precision), overwrite=True)  # it never goes on
-    folder = RunFolder(recipe.output_dir, resolved)
-    recipe = folder.recipe
-    schedule = make_schedule(
-        source, recipe.epochs, recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes
-    )
-    total_steps, warmup_steps = schedule.total_steps, round(recipe.warmup * schedule.steps_per_epoch)
-    accelerator.gradient_accumulation_steps = schedule.rounds
-    groups = parameter_groups(bare_model, recipe.weight_decay)
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
-    model, optimizer = accelerator.prepare(bare_model, optimizer)
-
-    folder.start()
-    folder.note_versions(0)
-    transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
-    data = DataClock(
-        iter(batches(images, schedule, 0, accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer))
-    )
-    normalize = Normalize(recipe.image_mean, recipe.image_std, accelerator.device)
-    progress = Progress(total_steps, 0, accelerator.is_main_process, recipe.log_every)
-    model.train()
-    loss_sum, logged_step = torch.zeros((), device=accelerator.device), 0
-    for step in range(1, total_steps + 1):
-        lr = lr_at(step - 1, total_steps, warmup_steps, recipe.effective_lr, recipe.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for _ in range(schedule.rounds):
-            batch = next(data)
-            with accelerator.accumulate(model):
-                loss = model(normalize(batch["pixel_values"]), noise=batch["noise"].to(accelerator.device)).loss
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach() / schedule.rounds
-        progress.advance(loss)
-        if step % recipe.log_every == 0 or step == total_steps:
-            mean_loss = loss_sum.item() / (step - logged_step)
-            folder.log({"step": step, "epoch": step / schedule.steps_per_epoch, "loss": mean_loss, "lr": lr})
-            print(f"step {step}/{total_steps}  loss {mean_loss:.4f}", flush=True)
-            loss_sum.zero_()
-            logged_step = step
-    progress.close()
-    processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
-    with folder.exporting(accelerator) as path:
-        processor.save_pretrained(path)
-        bare_model.save_pretrained(path)
-    folder.close()
-
-
 @closes_run_folder()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", choices=["shipped", "repaired"], help="the position tables and the two tokens")
     chosen, settings = parser.parse_known_args(arguments)
-    train(parse_recipe(PretrainRecipe, settings, RECIPES), repaired=chosen.tables == "repaired")
+    # It starts over, because the recipe in a run folder does not tell which of the two it is of.
+    recipe = replace(parse_recipe(PretrainRecipe, settings, RECIPES), overwrite=True)
+    run = Run(recipe)
+    source = open_source(recipe.dataset, recipe.split, recipe.image_column, config=recipe.dataset_config)
+    recipe = recipe.fitted(source.length)
+    set_seed(recipe.seed)
+    config = recipe.config()
+    model = build_vit_mae(config, repaired=chosen.tables == "repaired")
+    if recipe.attn_implementation:
+        model.set_attn_implementation(recipe.attn_implementation)
+    recipe = run.open(recipe, config, source)
+    run.plan(source)
+    groups, betas = parameter_groups(model, recipe.weight_decay), (recipe.adam_beta1, recipe.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
+    model, optimizer, bare_model = run.prepare(model, optimizer)
+    run.announce({"images": source.summary, "model": f"ViTMAEForPreTraining, {chosen.tables}"}, [])
+    run.begin()
+
+    transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
+    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    normalize = Normalize(recipe.image_mean, recipe.image_std, run.device)
+    for step in run.steps(images):
+        for batch in run.batches(step):
+            run.backward(model(normalize(batch["pixel_values"]), noise=batch["noise"].to(run.device)).loss)
+        run.end_step(step)
+        run.save_if_due(step)
+    run.end_steps()
+    with run.folder.exporting(run.accelerator) as path:
+        image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std).save_pretrained(
+            path
+        )
+        bare_model.save_pretrained(path)
+    run.end("Trained")
 
 
 if __name__ == "__main__":

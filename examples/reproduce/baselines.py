@@ -6,8 +6,8 @@
     python examples/reproduce/baselines.py solar_cells --output_dir runs/elpv/baselines
 
 Each writes its output_dir/results.json. `pixels` is run_linear_probe.py's linear probe and k-NN on the pixels as the
-encoder would get them; its settings are those of ProbeRecipe. `solar_cells` judges logistic regression on pixels and on
-EfficientNet-Lite0's features, nothing of it tuned, in the same five folds as everything else.
+encoder would get them; its settings are those of ProbeRecipe. `solar_cells` evaluates logistic regression on pixels and
+on EfficientNet-Lite0's features, nothing of it tuned, in the same five folds as everything else.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def pixels(arguments: list[str]) -> None:
     with torch.no_grad():
         of_choice = [classification_metrics(probe(chooser), chooser_labels).top1 for probe in probes]
         chosen = of_choice.index(max(of_choice))
-        judged = classification_metrics(probes[chosen](test), test_labels)
+        metrics = classification_metrics(probes[chosen](test), test_labels)
     knn = knn_accuracy(train, train_labels, test, test_labels, recipe.knn_k, recipe.knn_temperature)
-    results = {**judged.summary(), "chosen_base_lr": recipe.all_base_lrs[chosen], "knn": knn, "count": judged.count}
+    results = {**metrics.summary(), "chosen_base_lr": recipe.all_base_lrs[chosen], "knn": knn, "count": metrics.count}
     write_results(recipe.output_dir, results)
 
 

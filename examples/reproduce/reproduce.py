@@ -160,7 +160,7 @@ def runs_of(encoder: str) -> dict[int, str]:
 
 
 def ablation_jobs(data: Path, runs: Path) -> list[Job]:
-    """Fig. 5 and Table 1 of the paper in small: each change judged by a probe."""
+    """Fig. 5 and Table 1 of the paper in small: each change measured by a probe."""
     jobs = [
         fashion_mnist_training(data, run, *SHORT, *settings, "--seed", str(seed))
         for name, settings in ABLATIONS.items()

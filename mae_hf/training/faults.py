@@ -1,4 +1,4 @@
-"""What happens to a run from outside, and how it ends: signals, a lost process, a launcher that fails."""
+"""What happens to a run from outside, and how it ends: signals, a lost process, a launcher that is gone."""
 
 import atexit
 import os
@@ -6,18 +6,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import get_int_from_env, is_torch_xla_available
 from torch import distributed
 
 from .checkpoints import finish_writing
+from .launcher import parent_launcher
 from .progress import Progress, bars_only_on_a_terminal
 from .run import RunFolder
 from .workers import STOP_SIGNALS, Loader, kill_workers
@@ -25,14 +23,8 @@ from .workers import STOP_SIGNALS, Loader, kill_workers
 # The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED = 75
 INTERRUPTED_TWICE = 130  # what shells give for a process that SIGINT has ended
-PREPARING = timedelta(days=30)  # as good as without a limit
 SAME_SIGNAL = 0.3  # seconds within which a second SIGINT is the first one once more, from a launcher that hands it on
 END = object()
-LAUNCHERS = {
-    *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
-}
-
 Batch = TypeVar("Batch")
 
 
@@ -70,7 +62,7 @@ class StopSignal:
         self.is_over = False
         self.handlers_before: dict[int, Any] = {}
         self.save: Callable[[], None] | None = None
-        self.launcher = _launcher()
+        self.launcher = parent_launcher()
         timeout = timedelta(seconds=process_timeout)
         is_alone = accelerator.num_processes == 1
         self.group = None if is_alone else distributed.new_group(backend="gloo", timeout=timeout)
@@ -191,62 +183,6 @@ def _handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> di
 def _stopped_early(number: int) -> Stopped:
     name = signal.Signals(number).name
     return Stopped(STOPPED, f"Stopped by {name} before the first step: nothing is lost, and nothing was saved.")
-
-
-def _launcher() -> psutil.Process | None:
-    """The torchrun or accelerate launch that has started this process."""
-    parent = psutil.Process().parent()
-    words = parent.cmdline() if parent is not None else []
-    return parent if any(os.path.basename(word) in LAUNCHERS for word in words) else None
-
-
-def check_launcher() -> None:
-    """Refuse a launcher that has not done, or later cannot do, what it was asked for.
-
-    `accelerate launch --cpu --num_processes 2` starts a single process, and says nothing. torchrun keeps the store in
-    which the processes publish their addresses over its restarts: who comes back first finds those of processes that
-    are dead, so that every other meeting fails or hangs (torch 2.14): this is called before the first one.
-
-    Raises:
-        ValueError: the launcher's command line asks for more processes; or it would restart them with the old store.
-    """
-    if is_torch_xla_available():
-        return  # whose processes are not counted in the environment, and have neither fault
-    launcher = psutil.Process().parent()
-    words = [part for word in (launcher.cmdline() if launcher is not None else []) for part in word.split("=", 1)]
-    num_processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
-    for option in ("--num_processes", "--num-processes"):
-        if option in words[:-1] and words[words.index(option) + 1] != str(num_processes):
-            raise ValueError(
-                f"The run was asked for {words[words.index(option) + 1]} processes and has {num_processes}. On a CPU "
-                f"accelerate launch starts only one: use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N instead."
-            )
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts and num_processes > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError(
-            f"torchrun is to restart the processes (--max_restarts {restarts}), but they would look for each other at "
-            f"the addresses of those that died. Put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun, and, "
-            f"with several machines, use --rdzv_backend c10d."
-        )
-
-
-@contextmanager
-def main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """Let the other processes find what the main process has written to the cache, however long that takes.
-
-    `Accelerator.main_process_first` waits no longer than for any other exchange, half an hour by default, and the first
-    copy of ImageNet takes hours. A main process that is gone ends the wait.
-    """
-    if accelerator.num_processes == 1:
-        yield
-        return
-    group = distributed.new_group(backend="gloo", timeout=PREPARING)
-    if not accelerator.is_main_process:
-        distributed.barrier(group)  # type: ignore[arg-type]
-    yield
-    if accelerator.is_main_process:
-        distributed.barrier(group)  # type: ignore[arg-type]
-    distributed.destroy_process_group(group)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .decode import printable
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -106,3 +108,9 @@ def _column(images: datasets.Dataset, name: str) -> pa.ChunkedArray:
     """A column as it lies in the file, read in a hundredth of the time of a list."""
     column = images.select_columns(name).with_format("arrow")[:].column(0)
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def first_names(names: Sequence[str], most: int = 10) -> str:
+    """How many classes there are, and the first of their names."""
+    shown = ", ".join(printable(name) for name in names[:most])
+    return f"{len(names)}: {shown}{', ...' if len(names) > most else ''}"

@@ -10,16 +10,11 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil, nan
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import is_bf16_available
 
 from .checkpoints import Checkpoints, finish_writing, progress_of
 from .files import append_records, as_json, flush, read_records, replace, writing
@@ -378,33 +373,3 @@ def _same_place(one: Any, other: Any) -> bool:
 
 def _same_number(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["images"] == other["images"]
-
-
-def best_precision() -> str | None:
-    """What to compute in where the recipe doesn't say: `None`, which is what Accelerate was told, or else bf16.
-
-    bf16 only where an accelerator computes in it: older cards emulate it, more slowly than float32.
-    """
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if told not in (None, "no") or (told == "no" and not _is_launchers_own_no()):
-        return None
-    if not torch.accelerator.is_available():
-        return None
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return "bf16" if is_bf16_available() else None
-
-
-def _is_launchers_own_no() -> bool:
-    """Whether nobody said "no": without the option and without a configuration `accelerate launch` says it itself."""
-    parent = psutil.Process().parent()
-    words = [word.partition("=")[0].replace("-", "_") for word in (parent.cmdline() if parent is not None else [])]
-    is_accelerate = any(os.path.basename(word).startswith("accelerate") for word in words)
-    return is_accelerate and not {"__mixed_precision", "__config_file"} & {*words} and not exists(default_config_file)
-
-
-def start_trackers(accelerator: Accelerator, recipe: Any) -> None:
-    """Tell the trackers that a run begins; they take numbers and words, not the lists and the None of a recipe."""
-    settings = asdict(recipe).items()
-    shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
-    accelerator.init_trackers("mae_hf", config=shown)

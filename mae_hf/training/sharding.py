@@ -71,13 +71,12 @@ def prepare(
     schedule: Schedule,
     max_grad_norm: float | None,
 ) -> tuple[Any, Any, Any]:
-    """`Accelerator.prepare` of a model that is trained by the schedule's rounds of accumulation.
+    """`Accelerator.prepare`, with what Accelerate would not tell DeepSpeed or FSDP2.
 
     Returns:
         the model to call in training; the optimizer; and the bare model, whose names have no prefix, for what is not
         training: evaluation, reconstruction, export.
     """
-    accelerator.gradient_accumulation_steps = schedule.rounds
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         with _deepspeed_settings(accelerator, schedule, max_grad_norm):
             model, optimizer = accelerator.prepare(model, optimizer)

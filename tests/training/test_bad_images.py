@@ -259,7 +259,7 @@ def test_samples__another_image_in_place_of_a_bad_one(folder: Path, streaming: b
                 assert grey == 10 * int(name[:2])
 
 
-def test_judging__leaves_a_bad_image_out_of_the_count(folder: Path) -> None:
+def test_evaluation__leaves_a_bad_image_out_of_the_count(folder: Path) -> None:
     source = open_source(str(folder), labelled=True)
     images = EvalImages(source, eval_transform((8, 8), 1.0), 1, seed=0)
     labels = torch.cat([batch["label"] for batch in evaluation_batches(images, 4, 0, 1, 0)])

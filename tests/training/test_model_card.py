@@ -121,10 +121,10 @@ def test_recipe__paths_are_left_out_and_names_are_not() -> None:
     }
     hidden = yaml.safe_load(shareable_recipe(resolved(dataset="digits", model_name_or_path="/"), "the digits"))
     assert not {"dataset", "model_name_or_path"} & hidden.keys()
-    judged = FinetuneRecipe(dataset="user/images", eval_dataset="/home/somebody/*.tar")
-    shown = yaml.safe_load(shareable_recipe(judged, "user/images", "local files"))
+    evaluated = FinetuneRecipe(dataset="user/images", eval_dataset="/home/somebody/*.tar")
+    shown = yaml.safe_load(shareable_recipe(evaluated, "user/images", "local files"))
     assert (shown["dataset"], "eval_dataset" in shown) == ("user/images", False)
-    named = replace(judged, eval_dataset="user/other")
+    named = replace(evaluated, eval_dataset="user/other")
     assert yaml.safe_load(shareable_recipe(named, "user/images", "user/other"))["eval_dataset"] == "user/other"
 
 
