@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
-from mae_hf.convert import _original_layout, convert, infer_config, load_checkpoint, main, save_checkpoint
+from mae_hf.convert import convert, load_checkpoint, main, save_checkpoint
+from mae_hf.original_layout import infer_config, original_layout
 from mae_hf.weight_files import read_weights
 
 TOLERANCE = 1e-5
@@ -409,7 +410,7 @@ def test_sizes_are_read_from_shapes(tmp_path, name):
     with torch.device("meta"):
         model = MAEForPreTraining(config)
     ours = model.state_dict()
-    weights = {key: torch.cat([ours[part] for part in parts]) for key, parts in _original_layout(model).items()}
+    weights = {key: torch.cat([ours[part] for part in parts]) for key, parts in original_layout(model).items()}
     assert infer_config(weights, tmp_path, norm_pix_loss=False).to_dict() == config.to_dict()
     if name in COUNTS:
         encoder = sum(tensor.numel() for key, tensor in weights.items() if is_encoder(key))

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from mae_hf import MAEForImageClassification, MAEModel
-from mae_hf.convert import convert, load_checkpoint, main, original_weights
+from mae_hf.convert import convert, load_checkpoint, main
+from mae_hf.original_layout import original_weights
 
 SUFFIXES = [".pth", ".bin", ".safetensors"]
 

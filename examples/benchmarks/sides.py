@@ -11,7 +11,7 @@ from vit_mae import build_vit_mae
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining
 from mae_hf.configuration_mae import nearest
-from mae_hf.convert import original_weights
+from mae_hf.original_layout import original_weights
 from mae_hf.training.optim import parameter_groups
 
 MAKERS = ("ours", "transformers", "timm")
