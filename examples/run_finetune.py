@@ -18,8 +18,8 @@ from runpy import run_path
 from typing import NoReturn
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
-    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
-    run_path(str(recipe_file))["check_command_line"]("FinetuneRecipe", "quickstart_finetune")
+    early = Path(find_spec("mae_hf").origin).with_name("training") / "early.py"
+    run_path(str(early))["check_command_line"]("FinetuneRecipe", "quickstart_finetune")
 
 import torch
 from accelerate.utils import set_seed
@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 
 from mae_hf import MAEForImageClassification
 from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
+from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import as_json
 from mae_hf.training.labels import first_names
@@ -35,7 +36,7 @@ from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.metrics import MOST_DRAWN, ClassificationMetrics, classification_metrics, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups
-from mae_hf.training.recipe import FinetuneRecipe, read_recipe
+from mae_hf.training.recipe import FinetuneRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of

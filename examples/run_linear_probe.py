@@ -20,8 +20,8 @@ from runpy import run_path
 from typing import Any
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
-    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
-    run_path(str(recipe_file))["check_command_line"]("ProbeRecipe")
+    early = Path(find_spec("mae_hf").origin).with_name("training") / "early.py"
+    run_path(str(early))["check_command_line"]("ProbeRecipe")
 
 import torch
 from accelerate.utils import set_seed
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from mae_hf import MAEModel
 from mae_hf.layers import pool
 from mae_hf.training.augment import eval_transform, train_transform
+from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import as_json
 from mae_hf.training.labels import first_names
@@ -48,7 +49,7 @@ from mae_hf.training.probes import (
     frozen_encoder,
     knn_accuracy,
 )
-from mae_hf.training.recipe import ProbeRecipe, read_recipe
+from mae_hf.training.recipe import ProbeRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sharding import check_whole

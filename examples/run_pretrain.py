@@ -13,8 +13,8 @@ from pathlib import Path
 from runpy import run_path
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
-    recipe_file = Path(find_spec("mae_hf").origin).with_name("training") / "recipe.py"
-    run_path(str(recipe_file))["check_command_line"]("PretrainRecipe", "quickstart")
+    early = Path(find_spec("mae_hf").origin).with_name("training") / "early.py"
+    run_path(str(early))["check_command_line"]("PretrainRecipe", "quickstart")
 
 import torch
 from accelerate.utils import set_seed
@@ -23,13 +23,14 @@ from torch.utils.data import default_collate
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.augment import Normalize, SmallestCrop, eval_transform, image_processor, train_transform
 from mae_hf.training.baseline import doubts_of_end, loss_of_mean
+from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import whole
 from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.pictures import save_picture
-from mae_hf.training.recipe import PretrainRecipe, read_recipe
+from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import ImageSource, open_source

@@ -22,10 +22,10 @@ from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining, MAEReconstruction
 from mae_hf.training.decode import decode_image
+from mae_hf.training.paths import absence, is_absent_path
 from mae_hf.training.pictures import save_picture
-from mae_hf.training.recipe import absence, checkpoint_normalisation, is_absent_path
 from mae_hf.training.sources import open_source
-from mae_hf.training.starting_weights import load_with_encoder
+from mae_hf.training.starting_weights import checkpoint_normalisation, load_with_encoder
 
 
 def find_images(paths: list[str], count: int) -> list[dict[str, Any]]:

@@ -406,7 +406,7 @@ def _image_processor(source: str | Path, config: MAEConfig) -> tuple[Any, list[s
         return None, [f"No image processor: a file of weights does not say how to normalise {channels}."]
     # here and not above, because it brings datasets and torchvision with it
     from .training.augment import image_processor
-    from .training.recipe import IMAGENET_MEAN, IMAGENET_STD
+    from .training.starting_weights import IMAGENET_MEAN, IMAGENET_STD
 
     return image_processor(config.image_shape, 224 / 256, IMAGENET_MEAN, IMAGENET_STD), [
         "Image processor: mean and deviation of ImageNet, as in the paper; some ViTs of timm have others."
@@ -454,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
         "checkpoints need --no-norm_pix_loss",
     )
     chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    from .training.recipe import absence, is_absent_path
+    from .training.paths import absence, is_absent_path
 
     try:
         if is_absent_path(chosen["source"]):  # the Hub would be asked for it, for half a minute

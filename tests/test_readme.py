@@ -12,7 +12,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from mae_hf.reconstruction import MAEReconstruction
-from mae_hf.training import recipe
+from mae_hf.training import command_line, recipe
 from mae_hf.training.pictures import save_picture
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_command__is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its launcher and its script take every option, and its recipe is there."""
-    monkeypatch.setattr(recipe, "is_absent_path", lambda name: False)  # runs/mine is an example
+    monkeypatch.setattr(command_line, "is_absent_path", lambda name: False)  # runs/mine is an example
     monkeypatch.chdir(ROOT)
     launcher, *words = shlex.split(command.replace("RANK", "1"))
     parser = launch_command_parser() if launcher == "accelerate" else get_args_parser()
@@ -90,4 +90,4 @@ def test_command__is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "run_finetune.py": (recipe.FinetuneRecipe, "quickstart_finetune"),
         "run_linear_probe.py": (recipe.ProbeRecipe, None),
     }[Path(chosen.training_script).name]
-    assert recipe.read_recipe(recipe_class, chosen.training_script_args, default)
+    assert command_line.read_recipe(recipe_class, chosen.training_script_args, default)

@@ -26,7 +26,8 @@ from transformers import ViTMAEForPreTraining
 from mae_hf import MAEForPreTraining, MAEModel
 from mae_hf.patches import sincos_position_table
 from mae_hf.training.augment import image_processor
-from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe, ProbeRecipe, parse_recipe
+from mae_hf.training.command_line import parse_recipe
+from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe, ProbeRecipe
 from mae_hf.training.sources import open_source
 
 EXAMPLES = reproduce.EXAMPLES

@@ -34,9 +34,9 @@ from torchvision import transforms
 from mae_hf.training.augment import Normalize, SmallestCrop, train_transform
 from mae_hf.training.decode import decode_image, open_image
 from mae_hf.training.order import SampleKey
-from mae_hf.training.recipe import IMAGENET_MEAN, IMAGENET_STD
 from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
+from mae_hf.training.starting_weights import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, PATCHES, CROP_SCALE = 224, 196, [0.2, 1.0]
 LARGE_SHAPE, LARGE_COUNT = (4000, 3000), 8

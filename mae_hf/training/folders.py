@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from ..configuration_mae import nearest
 from .decode import image_suffixes
-from .recipe import without_braces
+from .paths import without_braces
 from .shards import open_shards
 
 # The builders of `datasets` that read tables, by the ending of the file.

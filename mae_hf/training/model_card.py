@@ -8,9 +8,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .baseline import doubts_of_end
+from .command_line import as_yaml
 from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
-from .recipe import IMAGENET_MEAN, FinetuneRecipe, PretrainRecipe, Recipe, as_yaml
+from .recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from .starting_weights import IMAGENET_MEAN
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10

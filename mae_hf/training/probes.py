@@ -27,9 +27,9 @@ from .evaluate import apply_to_images, evaluation_batches
 from .metrics import classification_metrics
 from .optim import LARS, lr_at
 from .order import Schedule
-from .recipe import checkpoint_normalisation
 from .samples import EvalImages, LabelledImages
 from .sources import image_order, open_source
+from .starting_weights import checkpoint_normalisation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features

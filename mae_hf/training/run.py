@@ -17,9 +17,10 @@ import yaml
 from accelerate import Accelerator
 
 from .checkpoints import Checkpoints, finish_writing, progress_of
+from .command_line import as_yaml
 from .files import append_records, as_json, flush, read_records, replace, writing
 from .lock import lock, unlock, unlock_all
-from .recipe import MAY_CHANGE, as_yaml
+from .settings import may_change
 
 LIBRARIES = (
     *("mae_hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface-hub", "safetensors"),
@@ -58,13 +59,13 @@ class RunFolder:
         images: the fingerprints of its images, "train" and "evaluation"; see `ImageSource`.
 
     Raises:
-        ValueError: the folder holds another run: another recipe, apart from the fields in `MAY_CHANGE`, or other
+        ValueError: the folder holds another run: another recipe, apart from what may change, or other
             images; one whose checkpoints are gone; or no run, and files that the run would replace.
     """
 
     def __init__(self, path: str, recipe: Any, images: Images | None = None) -> None:
         self.path = Path(path)
-        self.recipe = recipe
+        self.recipe, self.changeable = recipe, may_change(type(recipe))
         self.images = images or {}
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.pictures = self.path / "pictures"
@@ -143,7 +144,7 @@ class RunFolder:
         settings = [
             f"{key}: {recipe.get(key)!r} there, {now.get(key)!r} now"
             for key in sorted(recipe.keys() | now.keys())
-            if key not in MAY_CHANGE and not is_same(key)
+            if key not in self.changeable and not is_same(key)
         ]
         other = [
             f"{part}: {before['images']} there, {after['images']} now" + " of other names" * _same_number(before, after)
@@ -199,7 +200,7 @@ class RunFolder:
 
     def save(self, accelerator: Accelerator, step: int, losses: list[list[float]], keep: int) -> None:
         """Write a checkpoint: see `Checkpoints.save`."""
-        recipe = {key: value for key, value in asdict(self.recipe).items() if key not in MAY_CHANGE}
+        recipe = {key: value for key, value in asdict(self.recipe).items() if key not in self.changeable}
         self.checkpoints.save(accelerator, step, losses, keep, {"recipe": recipe, "images": self.images})
 
     def wait(self) -> None:

@@ -22,7 +22,8 @@ from .decode import printable
 from .folders import Found, choose_split, is_pattern, names_hash, open_files, open_folder, split_kind
 from .labels import Classes, find_classes
 from .overlap import shared_images
-from .recipe import LabelledRecipe, absence, is_absent_path
+from .paths import absence, is_absent_path
+from .recipe import LabelledRecipe
 
 # A missing file and an unreachable Hub are among them.
 ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)

@@ -1,5 +1,6 @@
 """The checkpoint that a run starts from: every weight of its encoder, or none of the run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from transformers import AutoImageProcessor
 
 from ..configuration_mae import MAEConfig
 from ..loading import ENCODER_PART, first_few, part_of
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
 
 # Of an image processor: which part of an image it shows, and how large.
 VIEW = ("size", "do_center_crop", "crop_size")
@@ -67,3 +71,34 @@ def other_view(name: str, processor: Any) -> str:
         f"The image processor of {name} shows images in another way ({there}) than they are evaluated ({here}): see "
         f"--center_crop and --image_size."
     )
+
+
+def checkpoint_normalisation(name: str | None, num_channels: int = 3) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of a checkpoint's image processor; ImageNet's without one.
+
+    Where the channels are not three, ImageNet's is that of its greys. A processor that doesn't normalise has 0 and 1;
+    one number stands for all channels.
+
+    Raises:
+        ValueError: the processor normalises by what it doesn't say.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name) if name is not None else None
+    except (OSError, ValueError):  # a checkpoint without a processor
+        processor = None
+    if processor is None:
+        of_imagenet = [IMAGENET_MEAN, IMAGENET_STD]
+        mean, std = (v if num_channels == 3 else [round(sum(v) / 3, 3)] * num_channels for v in of_imagenet)
+        return list(mean), list(std)
+    if not processor.do_normalize:
+        return [0.0] * num_channels, [1.0] * num_channels
+    mean, std = processor.image_mean, processor.image_std
+    if mean is None or std is None:
+        raise ValueError(
+            f"The image processor of {name} has no image_mean or image_std: give --image_mean and --image_std."
+        )
+    return _of_channels(mean, num_channels), _of_channels(std, num_channels)
+
+
+def _of_channels(values: float | Sequence[float], num_channels: int) -> list[float]:
+    return list(values) if isinstance(values, Sequence) else [float(values)] * num_channels

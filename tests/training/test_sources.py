@@ -21,8 +21,9 @@ from PIL import Image
 from test_run_pretrain import SMALL
 from training.test_samples import encoded, pixels, upload_tables, which, write_folder, write_shards, write_table
 
+from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.labels import Classes
-from mae_hf.training.recipe import FinetuneRecipe, ProbeRecipe, parse_recipe
+from mae_hf.training.recipe import FinetuneRecipe, ProbeRecipe
 from mae_hf.training.sources import ImageSource, few_labels, hold_out, open_labelled, open_source
 
 ROOT = Path(__file__).parents[2]
