@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, _ = load_with_encoder(MAEForPreTraining, chosen.model, MAEConfig.from_pretrained(chosen.model))
         processor = AutoImageProcessor.from_pretrained(chosen.model)
     except OSError as error:
-        raise ValueError(f"{chosen.model!r} is no model that can be loaded: {error}") from error
+        raise ValueError(f"{chosen.model!r} is not a model that can be loaded: {error}") from error
     config = model.config
     images = [decode_image(record, config.num_channels) for record in find_images(chosen.images, chosen.count)]
     noise = torch.rand(1, config.num_patches, generator=torch.Generator().manual_seed(chosen.seed))

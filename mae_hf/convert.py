@@ -135,7 +135,7 @@ def load_checkpoint(source: str | Path, **fields: Any) -> tuple[MAEPreTrainedMod
 
     Raises:
         ValueError: the source is none of these, or has keys or shapes that have no place in the model, or weights that
-            are no finite floating point numbers.
+            are not finite floating point numbers.
         OSError: the source cannot be read, or is damaged.
     """
     path = Path(source)
@@ -150,7 +150,9 @@ def _load_transformers(source: str, fields: dict[str, Any]) -> tuple[MAEPreTrain
     try:
         found, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
-        raise ValueError(f"{source} is no file, no folder with a config.json, no name on the Hub: {error}") from error
+        raise ValueError(
+            f"{source} is neither a file, nor a folder with a config.json, nor a name on the Hub: {error}"
+        ) from error
     architectures = found.get("architectures")
     known = [name for name in OUR_CLASSES if isinstance(architectures, list) and architectures[:1] == [name]]
     if not known:

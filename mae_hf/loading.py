@@ -72,7 +72,7 @@ def check_weights_file(path: str, weight_names: set[str]) -> None:
     if len({unwrapped(name) for name in tensors}) < len(tensors):
         raise ValueError(f"{path} has a weight twice, with and without 'module.' or '_orig_mod.' in its name.")
     if wrong:
-        raise ValueError(f"{path} has weights that are no floating point numbers: {first_few(wrong)}.")
+        raise ValueError(f"{path} has weights that are not floating point numbers: {first_few(wrong)}.")
 
 
 def check_shard_index(folder: str) -> None:
@@ -331,8 +331,8 @@ class CheckpointModel(PreTrainedModel):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
-        # Here and not in from_pretrained: transformers refuses weights of another shape only after it has made new ones
-        # in their place, for a damaged config.json with all the memory that it asks for.
+        # Here and not in from_pretrained: transformers (5.23, without a public hook) refuses weights of another shape
+        # only after it has made new ones in their place, for a damaged config.json with all the memory it asks for.
         weight_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         for file in checkpoint_files or []:
             check_weights_file(file, weight_names)

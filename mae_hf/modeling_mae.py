@@ -186,7 +186,7 @@ class MAEModel(MAEPreTrainedModel):
         final_norm: whether a LayerNorm ends the encoder. The classifier with mean pooling replaces it by its own.
     """
 
-    # The decoder of a pre-training checkpoint and the head of a classifier are no part of the encoder.
+    # The decoder of a pre-training checkpoint and the head of a classifier are not part of the encoder.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^encoder_mask_token$", r"^fc_norm\.", r"^classifier\."]
 
     def __init__(self, config: MAEConfig, final_norm: bool = True) -> None:
@@ -304,8 +304,8 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
     ) -> MAEForPreTrainingOutput:
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
 
-        torch.compile makes one graph of it, except with `generator` or `bool_masked_pos`: a generator is no tensor, and
-        how many patches a mask hides is known only from its values.
+        torch.compile makes one graph of it, except with `generator` or `bool_masked_pos`: a generator is not a tensor,
+        and how many patches a mask hides is known only from its values.
 
         Args:
             pixel_values: (B, C, H, W) normalised images.

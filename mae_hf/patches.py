@@ -100,7 +100,7 @@ def resize_position_table(table: Tensor, grid_shape: tuple[int, int], new_grid_s
     Returns:
         (1, 1 + new rows * new columns, D), dtype of `table`.
     """
-    # A side that an export leaves open is no int, and must not be compared: that would fix it.
+    # A side that an export leaves open is not an int, and must not be compared: that would fix it.
     if all(isinstance(side, int) for side in new_grid_shape) and tuple(new_grid_shape) == grid_shape:
         return table
     num_prefix_tokens = table.shape[1] - grid_shape[0] * grid_shape[1]

@@ -75,7 +75,7 @@ def read_weights(path: Path) -> tuple[Weights, list[str]]:
             finite floating point numbers.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no file of weights, but a folder, a pipe or a device, or it is not there.")
+        raise ValueError(f"{path} is not a file of weights, but a folder, a pipe or a device, or nothing is there.")
     path.open("rb").close()  # so that what is not allowed is not taken for damaged below
     report: list[str] = []
     if path.suffix == ".safetensors":
@@ -83,7 +83,7 @@ def read_weights(path: Path) -> tuple[Weights, list[str]]:
             check_weights_file(str(path), set())
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+            raise ValueError(f"{path} is not an intact safetensors file: {error}") from error
     else:
         weights = _state_dict(path, _read_pickle(path), report)
     shared = os.path.commonprefix(list(weights))  # noqa: RUF071  # of characters is meant: PREFIXES ends at a dot
@@ -105,7 +105,7 @@ def _read_pickle(path: Path) -> Any:
                 f"{path} is a pickle that wants {wanted[1]}: such a file can run any code when it is read, so it is "
                 f"not read. If you trust where it is from, load it yourself and save its state dict alone."
             ) from error
-        raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
+        raise ValueError(f"{path} is not an intact torch checkpoint ({type(error).__name__}).") from error
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -128,14 +128,14 @@ def _can_be_mapped(path: Path) -> bool:
             if has_checksums and not is_too_long and (part := archive.testzip()):
                 damaged.append(part)
     except Exception as error:  # the bytes of a damaged file can lead to any
-        raise ValueError(f"{path} is no intact checkpoint of torch ({type(error).__name__}).") from error
+        raise ValueError(f"{path} is not an intact torch checkpoint ({type(error).__name__}).") from error
     if is_too_long:
         raise ValueError(
             f"{path} is too long to be a checkpoint of a ViT: {len(parts):,} parts, a pickle of {pickle_size:,} bytes, "
             f"{inflation:.1f} times its size when it is read."
         )
     if damaged:
-        raise ValueError(f"{path} is no intact checkpoint of torch: its part {damaged[0]} is not as it was written.")
+        raise ValueError(f"{path} is not an intact torch checkpoint: its part {damaged[0]} is not as it was written.")
     return all(part.compress_type == zipfile.ZIP_STORED for part in parts)
 
 
@@ -161,7 +161,7 @@ def _check_tensors(path: Path, weights: Weights) -> None:
     kinds = {key: _odd_kind(tensor) for key, tensor in weights.items() if not key.endswith(".num_batches_tracked")}
     if odd := [f"{key} ({kind})" for key, kind in kinds.items() if kind]:
         raise ValueError(
-            f"{path} has tensors that are no plain floating point numbers: {first_few(odd)}. Save the weights of the "
+            f"{path} has tensors that are not plain floating point numbers: {first_few(odd)}. Save the weights of the "
             f"model dequantized, dense and in a floating point dtype."
         )
     if broken := not_finite(weights):

@@ -617,10 +617,10 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zipped):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("mae.pth", b"", "is no intact checkpoint of torch"),
-        ("mae.pth", b"PK\x03\x04 and no more", "is no intact checkpoint of torch"),
-        ("mae.safetensors", b"\xff" * 64, "is no intact safetensors file"),
-        ("mae.safetensors", b"", "is no intact safetensors file"),
+        ("mae.pth", b"", "is not an intact torch checkpoint"),
+        ("mae.pth", b"PK\x03\x04 and no more", "is not an intact torch checkpoint"),
+        ("mae.safetensors", b"\xff" * 64, "is not an intact safetensors file"),
+        ("mae.safetensors", b"", "is not an intact safetensors file"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, name, content, sentence):
@@ -632,7 +632,7 @@ def test_damaged_files_are_refused(tmp_path, name, content, sentence):
 def test_a_truncated_file_is_refused(tmp_path):
     original_file(tmp_path / "mae.pth", original_mae().state_dict())
     (tmp_path / "mae.pth").write_bytes((tmp_path / "mae.pth").read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="is no intact checkpoint of torch"):
+    with pytest.raises(ValueError, match="is not an intact torch checkpoint"):
         load_checkpoint(tmp_path / "mae.pth")
 
 
@@ -672,7 +672,7 @@ def test_a_bare_file_of_transformers_is_sent_to_its_folder(tmp_path):
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is no file, no folder with a config\.json, no name on the Hub"):
+    with pytest.raises(ValueError, match=r"is neither a file, nor a folder with a config\.json, nor a name on the Hub"):
         load_checkpoint(tmp_path / "nothing")
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "config.json").write_text('{"architecture": "vit_base_patch16_224"}')

@@ -541,7 +541,7 @@ def test_files_of_absurd_size_are_refused_at_once(tmp_path, make, name, sentence
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, suffix):
     os.mkfifo(tmp_path / f"vit{suffix}")
-    assert_refused(tmp_path / f"vit{suffix}", "is no file of weights, but a folder, a pipe or a device")
+    assert_refused(tmp_path / f"vit{suffix}", "is not a file of weights, but a folder, a pipe or a device")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")

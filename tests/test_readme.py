@@ -35,6 +35,18 @@ def test_readme__is_read_in_five_minutes_and_leads_to_every_guide() -> None:
         assert f"({page.relative_to(ROOT)})" in README, page
 
 
+def figures(text: str) -> set[str]:
+    """The numbers in the tables of a text, but for those without a decimal."""
+    return set(re.findall(r"\d+\.\d+", "\n".join(re.findall(r"^\|.*\|$", text, re.M))))
+
+
+@pytest.mark.parametrize(("heading", "guide"), [("Results", "results"), ("Speed", "speed")])
+def test_readme__its_figures_are_those_of_the_guide(heading: str, guide: str) -> None:
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    assert len(figures(section)) > 5
+    assert figures(section) <= figures(PAGES[GUIDES / f"{guide}.md"])
+
+
 def test_map__has_every_file() -> None:
     map_of_files = PAGES[GUIDES / "map.md"]
     files = [*ROOT.glob("mae_hf/*.py"), *ROOT.glob("mae_hf/training/*.py"), *ROOT.glob("examples/**/*.py")]
@@ -47,13 +59,15 @@ def test_map__has_every_file() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links__lead_to_files_and_headings(page: Path) -> None:
-    text = PAGES[page]
-    headings = {re.sub(r"[^a-z -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
-    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        else:
-            assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if heading:
+            lines = re.findall(r"^#+ (.*)", PAGES[file], re.M)
+            assert heading in {re.sub(r"[^a-z -]", "", line.lower()).replace(" ", "-") for line in lines}, target
 
 
 def test_first_picture__is_what_the_quickstart_draws(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models whose images are no squares: what training crops of an image is what evaluation sees of it."""
+"""Models whose images are not square: what training crops of an image is what evaluation sees of it."""
 
 import json
 from pathlib import Path

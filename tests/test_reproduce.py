@@ -68,7 +68,7 @@ def test_idx__values_and_shape(tmp_path: Path) -> None:
     write_idx(tmp_path / "file.gz", array)
     assert np.array_equal(prepare_data.read_idx(tmp_path / "file.gz"), array)
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"no idx file"))
-    with pytest.raises(ValueError, match=r"text\.gz is no idx file"):
+    with pytest.raises(ValueError, match=r"text\.gz is not an idx file"):
         prepare_data.read_idx(tmp_path / "text.gz")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(gzip.decompress((tmp_path / "file.gz").read_bytes())[:-1]))
     with pytest.raises(ValueError, match=r"cut\.gz should hold 1800 values, but holds 1799"):

@@ -87,7 +87,9 @@ def test_folder_of_somebody_else__is_refused_without_overwrite(name: str, photos
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=rf"is no run's, and the run would replace what is in it \({name}\)"):
+    with pytest.raises(
+        ValueError, match=rf"does not belong to a run, and the run would replace what is in it \({name}\)"
+    ):
         pretrain(photos, tmp_path / "mine", *SHORT)
     assert contents(tmp_path / "mine") == {name: b"mine", "notes.txt": b"mine"}
     pretrain(photos, tmp_path / "mine", *SHORT, "--overwrite", "true")
@@ -270,7 +272,7 @@ def test_odd_lines_of_metrics__are_dropped_with_a_warning(photos: Path, run: Pat
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     odd = ["\n", "not json\n", "[1, 2]\n", '{"loss": 1}\n', '{"step": "x"}\n', "\x00\x00\n"]
     (run / "metrics.jsonl").write_text("".join(lines[:2] + odd + lines[2:]))
-    with pytest.warns(UserWarning, match=r"6 lines of .*metrics.jsonl are no records of a run \(number 3, 4, 5, 6, 7"):
+    with pytest.warns(UserWarning, match=r"6 lines of .*metrics.jsonl are not records of a run \(number 3, 4, 5, 6, 7"):
         goes_on(photos, run, whole)
 
 

@@ -80,7 +80,7 @@ def test_visualize__refuses_in_a_sentence(words: list[str], sentence: str, check
 
 
 def test_visualize__refuses_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no model that can be loaded"):
+    with pytest.raises(ValueError, match="is not a model that can be loaded"):
         visualize.main([str(tmp_path), "image.png"])
 
 

@@ -37,7 +37,7 @@ def read_idx(path: Path) -> np.ndarray:
     with gzip.open(path) as file:
         raw = file.read()
     if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no idx file of bytes.")
+        raise ValueError(f"{path} is not an idx file of bytes.")
     axes = raw[3]
     shape = np.frombuffer(raw, ">u4", count=axes, offset=4)
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * axes)

@@ -152,6 +152,7 @@ class RandomAugment(v2.RandAugment):
         return super().forward(*inputs)
 
     def _apply_image_or_video_transform(self, image: Tensor, transform_id: str, *how: Any, **also: Any) -> Tensor:
+        # The one place where torchvision 0.24 to 0.29 has an image and the name of what is done to it.
         apply = super()._apply_image_or_video_transform
         if len(image) == 4 and transform_id not in self.MOVES:
             return torch.cat([apply(image[:3], transform_id, *how, **also), image[3:]])

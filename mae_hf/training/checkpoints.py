@@ -223,13 +223,22 @@ def _written_or_copied(accelerator: Accelerator, folder: Path) -> dict[str, Any]
     save_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler)
     if not accelerator.is_main_process:
         return {}
-    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    model, optimizer, others = _prepared(accelerator)
     states = {
         "model.safetensors": accelerator.get_state_dict(bare(accelerator, model)),
         "optimizer.bin": optimizer.state_dict(),
-        **{f"custom_checkpoint_{i}.pkl": other.state_dict() for i, other in enumerate(accelerator._custom_objects)},
+        **{f"custom_checkpoint_{i}.pkl": other.state_dict() for i, other in enumerate(others)},
     }
     return copied_to_host(states)
+
+
+def _prepared(accelerator: Accelerator) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[Any]]:
+    """What `Accelerator.save_state` would write: the model, the optimizer, and what was registered beside them.
+
+    Accelerate has no public name for them (1.15): it writes at once, and here a thread does.
+    """
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    return model, optimizer, accelerator._custom_objects
 
 
 def _load_state(accelerator: Accelerator, checkpoint: Path) -> None:
@@ -273,17 +282,17 @@ def _damaged_files(checkpoint: Path) -> list[str]:
 
 
 def _refuse_non_finite_weights(accelerator: Accelerator, step: int) -> None:
-    for model in accelerator._models:
-        # A sum takes a hundredth of the time of isfinite().all() on a CPU, and is no more finite than its parts.
-        are_finite = [parameter.sum().isfinite() for parameter in model.parameters()]
-        if not all(bool(is_finite) for is_finite in are_finite):
-            raise FloatingPointError(
-                f"A weight is not finite after step {step}; no checkpoint of it was written. A lower --base_lr or "
-                f"--mixed_precision bf16 usually helps."
-            )
+    model, *_ = _prepared(accelerator)
+    # A sum takes a hundredth of the time of isfinite().all() on a CPU, and is no more finite than its parts.
+    are_finite = [parameter.sum().isfinite() for parameter in model.parameters()]
+    if not all(bool(is_finite) for is_finite in are_finite):
+        raise FloatingPointError(
+            f"A weight is not finite after step {step}; no checkpoint of it was written. A lower --base_lr or "
+            f"--mixed_precision bf16 usually helps."
+        )
 
 
 def _checkpoint_bytes(accelerator: Accelerator) -> int:
     """Of the weights, and of AdamW's two moments of each that is trained."""
-    parameters = [parameter for model in accelerator._models for parameter in model.parameters()]
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+    model, *_ = _prepared(accelerator)
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())

@@ -123,7 +123,7 @@ def _content(record: dict[str, Any]) -> bytes:
         with xopen(path, "rb") as remote:
             return remote.read()
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-        raise ValueError("it is no file.")
+        raise ValueError("it is not a file.")
     return Path(path).read_bytes()
 
 

@@ -133,7 +133,7 @@ def _walk(
 ) -> Iterator[tuple[str, str | None, str | None]]:
     """Every file below a folder that is not hidden: (path, suffix, the outermost folder that it is in).
 
-    The suffix is in small letters, without the dot; None of what is no file: a pipe, a broken link, one to itself.
+    The suffix is in small letters, without the dot; None of what is not a file: a pipe, a broken link, one to itself.
     A link to a folder that it lies in is not followed.
     """
     status = os.stat(folder)

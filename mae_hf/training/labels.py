@@ -17,7 +17,7 @@ from .decode import printable
 class Classes:
     """The classes of labelled images, and which of them each value of the label column means.
 
-    A label that is missing, or that is no class, is an image without a label: it counts as one that cannot be used.
+    A label that is missing, or that is not a class, is an image without a label: it counts as one that cannot be used.
 
     names: in the order of their numbers.
     numbers: of each value; None where the values are the numbers themselves.
@@ -67,7 +67,7 @@ def find_classes(loaded: Any, column: str, dataset: str, num_labels: int | None)
         num_labels: how many classes a stream of bare numbers has.
 
     Raises:
-        ValueError: the labels are no classes, or hidden, or a stream does not say what they are.
+        ValueError: the labels are not classes, or hidden, or a stream does not say what they are.
     """
     feature = (loaded.features or {}).get(column)
     is_stream = isinstance(loaded, datasets.IterableDataset)
@@ -91,7 +91,7 @@ def find_classes(loaded: Any, column: str, dataset: str, num_labels: int | None)
     values = [value for value in pc.unique(labels).to_pylist() if value is not None and not _is_no_class(value)]
     if fractions := [value for value in values if isinstance(value, float) and not value.is_integer()]:
         raise ValueError(
-            f"The column {column!r} of {dataset!r} holds numbers that are no classes, {fractions[0]} for instance."
+            f"The column {column!r} of {dataset!r} holds numbers that are not classes, {fractions[0]} for instance."
         )
     if not values:
         raise ValueError(f"The column {column!r} of {dataset!r} has no labels: they are missing, or hidden (-1).")

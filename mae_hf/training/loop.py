@@ -62,7 +62,7 @@ class Run:
         ValueError: the launcher cannot do what it was asked for.
     """
 
-    def __init__(self, recipe: Any) -> None:  # the settings of a task are no attributes of the base class
+    def __init__(self, recipe: Any) -> None:  # the settings of a task are not attributes of the base class
         check_launcher()
         self.trackers = None if recipe.report_to == "none" else recipe.report_to
         self.accelerator = Accelerator(
@@ -320,7 +320,7 @@ class Run:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What is done here is no training, of which the progress speaks."""
+        """What is done here does not count as training in the progress."""
         started = time.perf_counter()
         yield
         self.logged_time += time.perf_counter() - started

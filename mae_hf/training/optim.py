@@ -69,7 +69,7 @@ def freeze(model: MAEForImageClassification, blocks: float) -> None:
             where only the first is frozen: 23.5 of ViT-L's 24 is the figure's "half a block", 24 leaves the head.
 
     Raises:
-        ValueError: there are not so many blocks, or it is no multiple of a half.
+        ValueError: there are not so many blocks, or it is not a multiple of a half.
     """
     depth = model.config.num_hidden_layers
     if not 0 <= blocks <= depth or blocks % 0.5:

@@ -58,10 +58,12 @@ def _paths_and_sizes(images: datasets.Dataset) -> tuple[pa.ChunkedArray, pa.Chun
     paths = pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
     sizes = [pc.binary_length(pc.struct_field(chunk, "bytes")).cast("int64") for chunk in column.chunks]
     sizes = pa.chunked_array(sizes, pa.int64())
-    if images._indices is not None:  # rows that were selected
-        rows = images._indices.column(0)
-        return paths.take(rows), sizes.take(rows)
-    return paths, sizes
+    # Which rows were selected: what is public (datasets 5.2) would read the bytes of all of them.
+    selected = images._indices
+    if selected is None:
+        return paths, sizes
+    rows = selected.column(0)
+    return paths.take(rows), sizes.take(rows)
 
 
 def _sizes(paths: pa.ChunkedArray, sizes: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:

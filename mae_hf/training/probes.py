@@ -242,7 +242,7 @@ class AttentiveProbe(nn.Module):
     loss of a masked autoencoder never used.
 
     Raises:
-        ValueError: the width is no multiple of the heads.
+        ValueError: the width is not a multiple of the heads.
     """
 
     def __init__(self, width: int, num_labels: int, num_heads: int) -> None:

@@ -339,7 +339,7 @@ class Recipe:
         try:
             config = MAEConfig.from_pretrained(self.model_name_or_path)
         except OSError as error:
-            raise ValueError(f"{self.model_name_or_path!r} is no checkpoint that can be loaded: {error}") from error
+            raise ValueError(f"{self.model_name_or_path!r} is not a checkpoint that can be loaded: {error}") from error
         for name, value in self.architecture().items():
             if name not in may_differ and value != getattr(config, name):
                 raise ValueError(
@@ -639,7 +639,7 @@ class ProbeRecipe(LabelledRecipe):
             )
         for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "license"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"A probe is no model to publish, so {name} has no effect: leave it out.")
+                raise ValueError(f"A probe is not a model to publish, so {name} has no effect: leave it out.")
 
     @property
     def all_base_lrs(self) -> list[float]:

@@ -86,7 +86,7 @@ class RunFolder:
             only_evaluates = getattr(self.recipe, "only_evaluates", False)  # which writes no more than its results
             if there := sorted(path.name for path in self._written(self.path, () if only_evaluates else EXPORTED)):
                 raise ValueError(
-                    f"The folder {self.path} is no run's, and the run would replace what is in it "
+                    f"The folder {self.path} does not belong to a run, and the run would replace what is in it "
                     f"({', '.join(there)}): choose another --output_dir, or give --overwrite true."
                 )
             return
@@ -259,7 +259,7 @@ class RunFolder:
         if odd:
             numbers = f"{', '.join(map(str, odd[:5]))}{', ...' if len(odd) > 5 else ''}"
             warnings.warn(
-                f"{len(odd)} lines of {file} are no records of a run (number {numbers}) and are dropped.", stacklevel=3
+                f"{len(odd)} lines of {file} are not records of a run (number {numbers}) and are dropped.", stacklevel=3
             )
         if file.exists():
             replace(file, "".join(as_json(record) + "\n" for record in records if record["step"] <= step))

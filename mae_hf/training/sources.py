@@ -191,7 +191,7 @@ def _from_hub(dataset: str, config: str | None, split: str | None, whole: bool, 
             raise ValueError(f"it has the configurations {names}: say which with --dataset_config.") from error
         if Path(dataset).exists():
             raise
-        raise ValueError(f"it is no file or folder here, and from the Hub it cannot be had: {error}") from error
+        raise ValueError(f"it is not a file or folder here, and from the Hub it cannot be had: {error}") from error
     splits = data.info.splits or {}
     length = splits[split].num_examples if split in splits else None
     part = f"{dataset} {config or ''} {split}"

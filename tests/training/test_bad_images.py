@@ -169,7 +169,7 @@ def test_problem__steers_no_terminal(path: str) -> None:
 
 def test_pipe__is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadImageError, match="is no file"):
+    with pytest.raises(BadImageError, match="is not a file"):
         decode_image({"bytes": None, "path": str(tmp_path / "pipe.png")}, 3)
 
 

@@ -117,7 +117,10 @@ def test_probe_recipe__refuses_with_a_sentence() -> None:
         ([*whole, "--base_lrs", "0.1", "1", "--streaming", "true"], "A stream cannot be divided by class to choose"),
         ([*whole, "--probe", "attentive"], r"A learning rate of 0\.1 is one of LARS"),
         ([*whole, "--probe", "attentive", "--total_batch_size", "16384"], r"A learning rate of 6\.4 is one of LARS"),
-        ([*whole, "--push_to_hub", "--hub_model_id", "a/b"], "A probe is no model to publish, so push_to_hub has no"),
+        (
+            [*whole, "--push_to_hub", "--hub_model_id", "a/b"],
+            "A probe is not a model to publish, so push_to_hub has no",
+        ),
         ([*whole, "--license", "mit"], "so license has no effect"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -463,7 +463,7 @@ LABELS = {
     "whole floats": ([1.0, float("nan"), 0.0, 12.0, 2.0], ["0", "1", "2", "12"], [1, -1, 0, 3, 2]),
     "words": (["b", None, "a", "10", "9"], ["10", "9", "a", "b"], [3, -1, 2, 0, 1]),
     "truth": ([True, False, None, True, True], ["False", "True"], [1, 0, -1, 1, 1]),
-    "fractions": ([0.5, 1.0, 2.0, 3.0, 4.0], r"holds numbers that are no classes, 0\.5", None),
+    "fractions": ([0.5, 1.0, 2.0, 3.0, 4.0], r"holds numbers that are not classes, 0\.5", None),
     "lists": ([[0], [1], [0], [1], [0]], "not one class for each image", None),
     "hidden": ([-1, -1, None, -1, -1], "has no labels: they are missing, or hidden", None),
 }

@@ -61,7 +61,7 @@ ANY_LENGTH = {"knn_k", "base_lrs"}
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e300", "1e-300", "-1", "1" + 31 * "0"])
 @pytest.mark.parametrize("recipe_class", [PretrainRecipe, FinetuneRecipe, ProbeRecipe])
 def test_range__of_every_number(recipe_class: type[Recipe], value: str) -> None:
-    """Whatever is added to a recipe: no setting takes what is no number, or what nothing can be computed with."""
+    """Whatever is added to a recipe: no setting takes what is not a number, or what nothing can be computed with."""
     names = [one.name for one in fields(recipe_class) if {"int", "float"} & set(re.findall(r"\w+", str(one.type)))]
     assert {"epochs", "base_lr", "image_std"} <= set(names)
     for name in names:
