@@ -5,7 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from mae_hf.training import loop
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
@@ -35,3 +41,20 @@ def free_port() -> int:
 def losses(records: list[dict]) -> list[float]:
     """The training loss of each log step."""
     return [record["loss"] for record in records if "loss" in record]
+
+
+def interrupt() -> NoReturn:
+    """What Ctrl-C does to a process that does not listen."""
+    raise KeyboardInterrupt
+
+
+def when_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something just before an optimizer step, counted from 0."""
+    original = loop.lr_at
+
+    def lr_at(step: int, *others: float) -> float:
+        if step == number:
+            action()
+        return original(step, *others)
+
+    monkeypatch.setattr(loop, "lr_at", lr_at)

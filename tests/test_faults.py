@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from hub import WRITE_TOKEN, Hub
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from scripts import free_port, losses, metrics, skipped
+from scripts import free_port, losses, metrics, skipped, when_step
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining
 from mae_hf.training import loop
@@ -125,15 +125,8 @@ def test_signal__metrics_and_weights_go_on_as_if_undisturbed(
 ) -> None:
     words = ("--epochs", "8", "--log_every", "5")
     undisturbed = pretrain(photos, tmp_path / "whole", *words)
-
-    def lr_at(step: int, *others: float) -> float:
-        if step == 7:  # in the middle of a period of five, and before the step is taken
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(step, *others)
-
-    original = loop.lr_at
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "lr_at", lr_at)
+    with monkeypatch.context() as patch:  # in the middle of a period of five, and before the step is taken
+        when_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         with pytest.raises(SystemExit) as stopped:
             pretrain(photos, tmp_path / "run", *words)
     assert stopped.value.code == STOPPED
@@ -635,18 +628,6 @@ def copy_of(photos: Path, folder: Path) -> Path:
     for path in photos.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-def when_step(number: int, action, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something just before an optimizer step, counted from 0."""
-    original = loop.lr_at
-
-    def lr_at(step: int, *others: float) -> float:
-        if step == number:
-            action()
-        return original(step, *others)
-
-    monkeypatch.setattr(loop, "lr_at", lr_at)
 
 
 def test_file_disappears__is_skipped_and_counted(

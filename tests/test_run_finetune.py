@@ -14,13 +14,12 @@ from hub import Hub
 from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from scripts import launch, losses, metrics
+from scripts import interrupt, launch, losses, metrics, when_step
 from tiny import tiny_config
 from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEConfig, MAEForImageClassification
-from mae_hf.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -121,15 +120,8 @@ def test_interrupted__ends_like_undisturbed(
 ) -> None:
     arguments = ("--save_every", "3", "--ema_decay", "0.9", "--per_device_batch_size", "2", "--drop_path_rate", "0.3")
     undisturbed = finetune(pets, checkpoint, tmp_path / "whole", *arguments)
-
-    def lr_at(step: int, *others: float) -> float:
-        if step == 11:
-            raise KeyboardInterrupt
-        return original(step, *others)
-
-    original = loop.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "lr_at", lr_at)
+        when_step(11, interrupt, patch)
         with pytest.raises(KeyboardInterrupt):
             finetune(pets, checkpoint, tmp_path / "cut", *arguments)
     resumed = finetune(pets, checkpoint, tmp_path / "cut", *arguments)

@@ -13,7 +13,7 @@ import visualize
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import launch, losses, metrics
+from scripts import interrupt, launch, losses, metrics, when_step
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.test_samples import write_shards
@@ -175,15 +175,8 @@ def test_interrupted__ends_like_undisturbed(
 ) -> None:
     arguments = ("--save_every", "3", "--picture_every", "4", "--num_workers", workers, *stream)
     undisturbed = pretrain(photos, tmp_path / "whole", *arguments)
-
-    def lr_at(step: int, *others: float) -> float:
-        if step == 7:
-            raise KeyboardInterrupt
-        return original(step, *others)
-
-    original = loop.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "lr_at", lr_at)
+        when_step(7, interrupt, patch)
         with pytest.raises(KeyboardInterrupt):
             pretrain(photos, tmp_path / "cut", *arguments)
     assert len(metrics(tmp_path / "cut")) == 7
