@@ -112,8 +112,10 @@ def fingerprint(run: Path) -> str:
     """One hash of the model, of the last checkpoint with its optimizer, and of all losses."""
     total = hashlib.sha256((run / "model.safetensors").read_bytes())
     newest = max((run / "checkpoints").glob("step-*"))
-    for name in ("model.safetensors", "optimizer.bin", "progress.json"):
-        total.update((newest / name).read_bytes().replace(str(run.parent).encode(), b""))  # which is new every time
+    for name in ("model.safetensors", "optimizer.bin"):
+        total.update((newest / name).read_bytes())
+    progress = json.dumps(json.loads((newest / "progress.json").read_text()), sort_keys=True)
+    total.update(progress.replace(str(run.parent), "").encode())  # which is new every time
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         total.update(f"{record['step']} {record['loss']!r} {record['lr']!r}".encode())
