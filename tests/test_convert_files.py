@@ -363,7 +363,7 @@ def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, kind, s
     weights = tiny_weights()
     weights["blocks.0.mlp.fc1.weight"] = ODD_TENSORS[kind](weights["blocks.0.mlp.fc1.weight"])
     path = write(tmp_path / f"vit{suffix}", weights)
-    assert_refused(path, rf"no plain floating point numbers: blocks\.0\.mlp\.fc1\.weight \(.*{kind}.*\)")
+    assert_refused(path, rf"not plain floating point numbers: blocks\.0\.mlp\.fc1\.weight \(.*{kind}.*\)")
 
 
 def test_a_compressed_archive_is_read_right(tmp_path):
@@ -381,7 +381,7 @@ def test_a_changed_number_is_found_by_the_checksum(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(numbers) + len(numbers) // 2] ^= 1
     path.write_bytes(content)
-    assert_refused(path, rf"no intact checkpoint of torch: its part {part} is not as it was written")
+    assert_refused(path, rf"not an intact torch checkpoint: its part {part} is not as it was written")
 
 
 def test_a_file_without_checksums_is_read(tmp_path):
@@ -458,7 +458,7 @@ def test_a_part_that_is_marked_as_a_folder_is_refused(tmp_path):
     entry = content.rindex(b"vit/data/3") - 46  # of the table of contents
     content[entry + 38] |= 0x10
     path.write_bytes(content)
-    assert_refused(path, "no intact checkpoint of torch: its part vit/data/3 is not as it was written")
+    assert_refused(path, "not an intact torch checkpoint: its part vit/data/3 is not as it was written")
 
 
 def test_an_archive_in_several_files_is_refused(tmp_path):
@@ -466,7 +466,7 @@ def test_an_archive_in_several_files_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.rindex(b"PK\x06\x07") + 16] = 2  # how many there are
     path.write_bytes(content)
-    assert_refused(path, "no intact checkpoint of torch")
+    assert_refused(path, "not an intact torch checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def inflated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name", "sentence"),
     [
-        (long_header, "vit.safetensors", "no intact safetensors file.* a header of"),
+        (long_header, "vit.safetensors", "not an intact safetensors file.* a header of"),
         (long_pickle, "vit.pth", "too long to be a checkpoint of a ViT: .* a pickle of 9,"),
         (many_blocks, "vit.pth", "tensors, several times as many as any ViT"),
         (many_blocks, "vit.bin", "tensors, several times as many as any ViT"),
