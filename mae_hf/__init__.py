@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_PRETRAINING_MAPPING,
     MODEL_MAPPING,
@@ -12,6 +13,7 @@ from transformers import (
 from .configuration_mae import SIZES, MAEConfig
 
 if TYPE_CHECKING:
+    from .modeling_dense import MAEBackbone
     from .modeling_mae import (
         MAEForImageClassification,
         MAEForPreTraining,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SIZES",
+    "MAEBackbone",
     "MAEConfig",
     "MAEForImageClassification",
     "MAEForPreTraining",
@@ -40,9 +43,10 @@ def __getattr__(name: str) -> Any:
     # takes as long to import as all the rest, and who only reads a configuration needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import modeling_mae, reconstruction
+    from . import modeling_dense, modeling_mae, reconstruction
 
-    return getattr(reconstruction if name == "MAEReconstruction" else modeling_mae, name)
+    others = {"MAEReconstruction": reconstruction, "MAEBackbone": modeling_dense}
+    return getattr(others.get(name, modeling_mae), name)
 
 
 def __dir__() -> list[str]:
@@ -89,5 +93,6 @@ for table, name in (
     (MODEL_MAPPING, "MAEModel"),
     (MODEL_FOR_PRETRAINING_MAPPING, "MAEForPreTraining"),
     (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "MAEForImageClassification"),
+    (MODEL_FOR_BACKBONE_MAPPING, "MAEBackbone"),
 ):
     table.register(MAEConfig, _Later(name), exist_ok=True)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 # A decoder of the paper for every size would take nine tenths of a step of "tiny", and be wider than its encoder.
 DECODER_TINY = {"decoder_hidden_size": 192, "decoder_num_hidden_layers": 4, "decoder_num_attention_heads": 6}
@@ -42,8 +43,13 @@ LARGEST: dict[str, int] = {
     "decoder_num_hidden_layers": 2**9,
     "decoder_num_attention_heads": 2**10,
     "decoder_intermediate_size": 2**18,
+    "pyramid_channels": 2**15,
 }
 LARGEST_SIDE = 2**16  # of an image in pixels
+
+# The levels of a backbone's pyramid -> by how much its map is finer than that of the patches. Of patches of 16 pixels
+# these are the strides 4, 8, 16 and 32 that detectors want, and call by the powers of two.
+PYRAMID_SCALES = {"p2": 4, "p3": 2, "p4": 1, "p5": 0.5}
 LARGEST_NUM_LABELS = 2**20
 
 # What transformers takes from a config.json as it is: of another type it would fail far from here, and not say where.
@@ -86,8 +92,8 @@ def _said_as_value_error() -> Iterator[None]:
         raise ValueError(f"The configuration has a field that cannot be read: {error}") from error
 
 
-class MAEConfig(PreTrainedConfig):
-    """Configuration of `MAEModel`, `MAEForPreTraining` and `MAEForImageClassification`.
+class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of `MAEModel`, `MAEForPreTraining`, `MAEForImageClassification` and `MAEBackbone`.
 
     The fields have the names of transformers' `ViTMAEConfig`; the defaults are ViT-B/16 as pre-trained in the paper
     (Table 8): 75 % of the patches hidden, targets normalised per patch. `from_pretrained` also reads the config.json of
@@ -117,6 +123,17 @@ class MAEConfig(PreTrainedConfig):
             a part of the hidden patches be predicted.
         prediction_ratio: share of the hidden patches that a `"cross"` decoder predicts in training, CrossMAE's 1/3 for
             instance; in evaluation it predicts all of them.
+        window_size: patches on a side of the windows within which most blocks attend in an image that is larger than
+            one, ViTDet's 14 for instance (arXiv 2203.16527). 0 is plain attention.
+        num_global_blocks: with windows, how many blocks attend to the whole image: the last of each of as many equal
+            parts of the depth.
+        pyramid: what makes the maps "p2" to "p5" of a backbone: `"simple"`, ViTDet's pyramid of the last block's map;
+            `"blocks"`, the maps of the blocks at 1/4, 1/2, 3/4 and all of the depth, rescaled (Appendix A.3).
+        pyramid_channels: channels of the levels of the `"simple"` pyramid. Those of `"blocks"` have `hidden_size`.
+        backbone_norm: what the maps of a backbone go through: the `"final"` norm of the encoder, `"stages"`, a
+            LayerNorm of each, or `"none"`, as in ViTDet.
+        out_features, out_indices: which of `stage_names` a backbone returns, by name or by number; the last block's if
+            neither is given.
 
     Raises:
         ValueError: a value, or a pair of values, that no model can be built from.
@@ -149,8 +166,14 @@ class MAEConfig(PreTrainedConfig):
     mask_tokens_in_encoder: bool = False
     decoder_type: str = "self"
     prediction_ratio: float | int = 1.0
+    window_size: int = 0
+    num_global_blocks: int = 4
+    pyramid: str = "simple"
+    pyramid_channels: int = 256
+    backbone_norm: str = "final"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.decoder_intermediate_size is None:
@@ -161,6 +184,9 @@ class MAEConfig(PreTrainedConfig):
             by_number: Any = self.id2label
             self.id2label = dict(sorted(by_number.items(), key=lambda item: int(item[0])))
         self._check()
+        if out_features is None and out_indices is None:
+            out_features = self.default_out_features
+        self.set_output_features_output_indices(out_features, out_indices)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
@@ -178,9 +204,19 @@ class MAEConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets overrides such as from_pretrained(..., mask_ratio=0.5) after the checks; here they go in
         # before, so that an impossible override is refused like an impossible value.
-        overrides = {name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs.keys()}
+        of_backbone = {"out_features", "out_indices"}
+        overrides = {name: kwargs.pop(name) for name in (cls.__annotations__.keys() | of_backbone) & kwargs.keys()}
+        if of_backbone & overrides.keys():  # either says both
+            config_dict = {name: value for name, value in config_dict.items() if name not in of_backbone}
         with _said_as_value_error():
             return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in a config.json; those of a backbone only where they are not the default."""
+        fields = super().to_dict()
+        if fields["out_features"] == self.default_out_features:
+            del fields["out_features"], fields["out_indices"]
+        return fields
 
     def validate(self) -> None:
         """Check the values again; transformers calls this before it writes config.json."""
@@ -232,6 +268,30 @@ class MAEConfig(PreTrainedConfig):
         """P*Q*C, the numbers in a patch."""
         height, width = self.patch_shape
         return height * width * self.num_channels
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The maps that a backbone can return: of the embeddings, of each block, and of the pyramid."""
+        blocks = [f"stage{block}" for block in range(1, self.num_hidden_layers + 1)]
+        return ["stem", *blocks, *PYRAMID_SCALES]
+
+    @property
+    def default_out_features(self) -> list[str]:
+        """What a backbone returns if nothing is said: the map of the last block."""
+        return [f"stage{self.num_hidden_layers}"]
+
+    @property
+    def pyramid_blocks(self) -> dict[str, int]:
+        """Of which block's output each level of the pyramid is made, counted from 1."""
+        depth, levels = self.num_hidden_layers, len(PYRAMID_SCALES)
+        parts = range(1, levels + 1) if self.pyramid == "blocks" else [levels] * levels
+        return {level: max(1, round(depth * part / levels)) for level, part in zip(PYRAMID_SCALES, parts, strict=True)}
+
+    @property
+    def global_blocks(self) -> set[int]:
+        """The blocks that attend to the whole image where others attend within windows, counted from 1."""
+        depth, count = self.num_hidden_layers, self.num_global_blocks
+        return {round(depth * part / count) for part in range(1, count + 1)}
 
     def _check_inherited(self, others: dict[str, Any]) -> None:
         """Check the fields of the base class, before it uses them: dtype, and `others`, as given."""
@@ -309,6 +369,19 @@ class MAEConfig(PreTrainedConfig):
                 "prediction_ratio below 1 needs decoder_type='cross': mask tokens that attend to one another are all "
                 "needed."
             )
+        if not _is_number(self.window_size, int) or not 0 <= self.window_size <= LARGEST_SIDE:
+            raise ValueError(f"window_size must be a number of patches, or 0 for none, but is {self.window_size!r}.")
+        if not _is_number(blocks := self.num_global_blocks, int) or blocks < 0:
+            raise ValueError(f"num_global_blocks must be an int of at least 0, but is {blocks!r}.")
+        if self.window_size and blocks > self.num_hidden_layers:
+            raise ValueError(
+                f"num_global_blocks is {blocks}, but there are {self.num_hidden_layers} blocks: choose fewer, or "
+                f"window_size=0 for all of them."
+            )
+        if self.pyramid not in ("simple", "blocks"):
+            raise ValueError(f"pyramid must be 'simple' or 'blocks', but is {self.pyramid!r}.")
+        if self.backbone_norm not in ("final", "stages", "none"):
+            raise ValueError(f"backbone_norm must be 'final', 'stages' or 'none', but is {self.backbone_norm!r}.")
         if self.mask_tokens_in_encoder and self.decoder_type == "cross":
             raise ValueError("decoder_type='cross' has mask tokens of its own: leave out mask_tokens_in_encoder.")
         patch_height, patch_width = self.patch_shape

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .configuration_mae import MAEConfig, nearest
 from .masking import patch_mask, random_masking
+from .windows import Windows
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,22 @@ def check_ids_keep(ids_keep: Tensor | None, batch: int) -> None:
     """
     if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != batch):
         raise ValueError(f"ids_keep is {tuple(ids_keep.shape)}, but must be (batch, visible) of {batch} images.")
+
+
+def windows_of(config: MAEConfig, grid_shape: tuple[int, int], ids_keep: Tensor | None) -> Windows | None:
+    """The windows that a grid of patches is cut into, or `None` where one holds the whole image.
+
+    Raises:
+        ValueError: patches are hidden, so that there is no grid to be cut.
+    """
+    if not config.window_size or max(grid_shape) <= config.window_size:
+        return None
+    if ids_keep is not None:
+        raise ValueError(
+            f"window_size {config.window_size} cuts the whole grid of {grid_shape[0]}x{grid_shape[1]} patches into "
+            f"windows, which is not there when some are hidden: use window_size=0 for this."
+        )
+    return Windows(config.window_size, grid_shape, config.num_prefix_tokens)
 
 
 def chosen_states(output_hidden_states: bool | int | list[int] | None, config: MAEConfig) -> set[int]:

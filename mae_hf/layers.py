@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from .configuration_mae import MAEConfig
+from .windows import Windows
 
 
 def eager_attention(
@@ -141,7 +142,8 @@ class MAEMLP(nn.Module):
 class MAELayer(GradientCheckpointingLayer):
     """A pre-norm transformer block: tokens (B, T, width) -> the same shape, and the attention weights if eager.
 
-    The tokens attend to one another, or, where a context (B, S, width) is given, to that alone.
+    The tokens attend to one another, in windows to those of their own, or, where a context (B, S, width) is given, to
+    that alone.
     """
 
     def __init__(
@@ -155,8 +157,15 @@ class MAELayer(GradientCheckpointingLayer):
         self.dropout = dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attention(self.layernorm_before(hidden_states), context)
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None = None, windows: Windows | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        normed = self.layernorm_before(hidden_states)
+        if windows is None:
+            mixed, weights = self.attention(normed, context)
+        else:  # only around the attention: what fills the windows up is zero after the norm, and no other layer sees it
+            mixed, weights = self.attention(windows.split(normed))
+            mixed = windows.join(mixed)
         hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
         expanded = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = hidden_states + self.drop_path(self.dropout(expanded))

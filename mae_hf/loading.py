@@ -237,13 +237,22 @@ def first_few(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-# What each Auto class makes of a checkpoint of any of the models, with trust_remote_code and without this package.
-AUTO_MAP = {
-    "AutoConfig": "configuration_mae.MAEConfig",
-    "AutoModel": "modeling_mae.MAEModel",
-    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
-    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
-}
+def auto_classes() -> dict[str, type]:
+    """What each Auto class makes of a checkpoint of any of the models, with trust_remote_code and without this package.
+
+    Imported here, because these files import this one; and because transformers copies a file with a checkpoint if one
+    that it copies imports it.
+    """
+    from .modeling_dense import MAEBackbone
+    from .modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+
+    return {
+        "AutoConfig": MAEConfig,
+        "AutoModel": MAEModel,
+        "AutoModelForPreTraining": MAEForPreTraining,
+        "AutoModelForImageClassification": MAEForImageClassification,
+        "AutoBackbone": MAEBackbone,
+    }
 
 
 class CheckpointModel(PreTrainedModel):
@@ -318,7 +327,10 @@ class CheckpointModel(PreTrainedModel):
         sharded_class = type(self)
         own_class = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
         # The code of somebody's own class transformers saves if it was registered; ours would not come with it.
-        self.config.auto_map = dict(AUTO_MAP) if own_class.__module__ == f"{__package__}.modeling_mae" else None
+        classes = auto_classes()
+        is_ours = own_class in classes.values()
+        names = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()}
+        self.config.auto_map = names if is_ours else None
         # torch's fully_shard gives a module a class of its own, whose name and code transformers would save.
         self.__class__ = own_class
         try:

@@ -18,7 +18,15 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .cross_decoder import MAECrossDecoder
-from .inputs import check_ids_keep, choose_visible, chosen_states, grid_of, refuse_unknown, returns_attentions
+from .inputs import (
+    check_ids_keep,
+    choose_visible,
+    chosen_states,
+    grid_of,
+    refuse_unknown,
+    returns_attentions,
+    windows_of,
+)
 from .layers import DecoderLayers, MAELayer, pool
 from .loading import CheckpointModel
 from .masking import replace_hidden, restore, take
@@ -156,12 +164,13 @@ class MAEPreTrainedModel(CheckpointModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):  # the patch projection, seen as the linear layer it is
-            fan_out, fan_in = module.weight.flatten(1).shape
+        elif isinstance(module, MAEPatchEmbeddings):  # a convolution, seen as the linear layer it is
+            projection = module.projection
+            fan_out, fan_in = projection.weight.flatten(1).shape
             xavier = math.sqrt(6 / (fan_in + fan_out))
-            init.uniform_(module.weight, -xavier, xavier)
-            if module.bias is not None:
-                init.uniform_(module.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            init.uniform_(projection.weight, -xavier, xavier)
+            assert projection.bias is not None
+            init.uniform_(projection.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -232,7 +241,8 @@ class MAEModel(MAEPreTrainedModel):
         Returns:
             last_hidden_state (B, 1 + V, D), class token first; pooler_output (B, D), the mean of the patch tokens or
             the class token, by `config.pooling`; hidden_states, depth + 1 of (B, 1 + V, D), before the final norm;
-            attentions, depth of (B, heads, 1 + V, 1 + V).
+            attentions, depth of (B, heads, 1 + V, 1 + V), or in a block with `windows.Windows` of (B * windows, heads,
+            1 + S*S, 1 + S*S).
 
         Raises:
             TypeError: an argument is unknown.
@@ -254,6 +264,7 @@ class MAEModel(MAEPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`forward` for images that are patches (B, N, PQC) already, of a grid (rows, columns)."""
         check_ids_keep(ids_keep, patches.shape[0])
+        windows, global_blocks = windows_of(self.config, grid_shape, ids_keep), self.config.global_blocks
         with_attentions = returns_attentions(output_attentions, self.config)
         tokens = self.embeddings(patches, ids_keep, mask_token, grid_shape)  # (B, 1 + V, D)
 
@@ -262,7 +273,7 @@ class MAEModel(MAEPreTrainedModel):
         hidden_states: tuple[Tensor | None, ...] = (tokens if 0 in wanted else None,)
         attentions: tuple[Tensor, ...] = ()
         for i, layer in enumerate(self.layers, 1):
-            tokens, weights = layer(tokens)
+            tokens, weights = layer(tokens, windows=None if i in global_blocks else windows)
             hidden_states += (tokens if i in wanted else None,)
             if with_attentions:
                 attentions += (weights,)
@@ -427,7 +438,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         return self.loss_function(labels, logits, self.config)
 
 
-# A checkpoint of one of these carries its code, see __init__.py, and names a class for each of AUTO_MAP.
+# A checkpoint of one of these carries its code, see __init__.py, and names all of loading.auto_classes.
 MAEModel.register_for_auto_class("AutoModel")
 MAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 MAEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
