@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from PIL import Image
 from tiny import random_images, random_noise, scramble, seeded, tiny_config
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -25,17 +26,18 @@ from transformers import (
     pipeline,
 )
 
-from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from mae_hf import MAEBackbone, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from mae_hf.training.augment import image_processor
 
 CODE = {
     *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
-    *("modeling_mae.py", "patches.py", "reconstruction.py"),
+    *("modeling_dense.py", "modeling_mae.py", "patches.py", "reconstruction.py", "windows.py"),
 }
 MODELS = [
     (MAEModel, AutoModel),
     (MAEForPreTraining, AutoModelForPreTraining),
     (MAEForImageClassification, AutoModelForImageClassification),
+    (MAEBackbone, AutoBackbone),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client
 
@@ -45,10 +47,12 @@ def scrambled(model_class: type = MAEModel, **fields: object):
 
 
 def outputs(model: torch.nn.Module) -> torch.Tensor:
-    """What a model makes of fixed images: features, predictions or class scores."""
+    """What a model makes of fixed images: features, a map of them, predictions or class scores."""
     images = random_images(model.config)
     with torch.no_grad():
         output = model(images, noise=random_noise(model.config)) if hasattr(model, "decoder") else model(images)
+    if "feature_maps" in output:
+        return output.feature_maps[-1]
     return output.logits if "logits" in output else output.last_hidden_state
 
 
@@ -256,7 +260,8 @@ for auto_class in auto_classes:
     images, noise = inputs
     with torch.no_grad():
         output = model(images, noise=noise) if hasattr(model, "decoder") else model(images)
-    outputs[auto_class] = output.logits if "logits" in output else output.last_hidden_state
+    found = [output[name] for name in ("logits", "last_hidden_state") if name in output]
+    outputs[auto_class] = found[0] if found else output.feature_maps[-1]
 torch.save(outputs, results)
 """
 

@@ -238,23 +238,24 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def peak(device: torch.device) -> int:
+    """The most memory so far, in bytes: on a GPU what torch had allocated, on a CPU all of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def peak_memory(side: Side, batch: int, threads: int, device: torch.device) -> tuple[int, int]:
     """Bytes with the model alone, and at the peak of two steps; to be run in a process of its own."""
-
-    def peak() -> int:
-        if device.type != "cpu":
-            return torch.accelerator.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
     torch.set_num_threads(threads)
     model = pretraining_model(side)
     prepare(model, side, device)
     step = training_step(side, model, batch, device)
-    with_model = peak()
+    with_model = peak(device)
     step()
     step()  # now with the optimizer's state
-    return with_model, peak()
+    return with_model, peak(device)
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
