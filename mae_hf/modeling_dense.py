@@ -143,6 +143,7 @@ class MAEDenseModel(MAEPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Of the convolutions on top alone: those of `vit` are its own to initialise.
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's own, as ViTDet leaves it
             if module.bias is not None:

@@ -164,13 +164,12 @@ class MAEPreTrainedModel(CheckpointModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, MAEPatchEmbeddings):  # a convolution, seen as the linear layer it is
-            projection = module.projection
-            fan_out, fan_in = projection.weight.flatten(1).shape
+        elif isinstance(module, nn.Conv2d):  # the patch projection, seen as the linear layer it is
+            fan_out, fan_in = module.weight.flatten(1).shape
             xavier = math.sqrt(6 / (fan_in + fan_out))
-            init.uniform_(projection.weight, -xavier, xavier)
-            assert projection.bias is not None
-            init.uniform_(projection.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            init.uniform_(module.weight, -xavier, xavier)
+            if module.bias is not None:
+                init.uniform_(module.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

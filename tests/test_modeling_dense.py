@@ -269,6 +269,19 @@ def test_pyramid__a_cell_sees_the_patches_under_it(pyramid: str, level: str, sca
         assert seen == expected
 
 
+def test_backbone__starts_as_the_encoder_and_torchs_convolutions(tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=64, out_features=LEVELS)
+    scramble(seeded(MAEModel, config)).save_pretrained(tmp_path)
+    fresh = seeded(MAEBackbone, config)
+    projection = fresh.vit.embeddings.patch_embeddings.projection.weight
+    assert projection.abs().max().item() == pytest.approx((6 / (64 + 192)) ** 0.5, rel=0.01)  # of the linear layer
+    for backbone in (fresh, MAEBackbone.from_pretrained(tmp_path)):  # the second is built without memory
+        deconvolution, convolution = backbone.pyramid["p3"][0][0], backbone.pyramid["p3"][3]
+        assert deconvolution.weight.abs().max().item() == pytest.approx((1 / (32 * 4)) ** 0.5, rel=0.01)
+        assert convolution.weight.abs().max().item() == pytest.approx((1 / (256 * 9)) ** 0.5, rel=0.01)
+        assert not deconvolution.bias.any()
+
+
 @pytest.mark.parametrize("norm", ["final", "stages", "none"])
 @pytest.mark.parametrize("pyramid", ["simple", "blocks"])
 @pytest.mark.parametrize("features", [LEVELS, ["p3", "p5"], ["stage3"], ["stem", "stage3", "p4"]])
