@@ -11,6 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.reconstruction import MAEReconstruction
 from mae_hf.training import command_line, recipe
 from mae_hf.training.pictures import save_picture
@@ -27,6 +28,18 @@ def test_first_python_block__runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names: dict = {}
     exec(block, names)
     assert names["features"].shape == (2, 192)
+
+
+def test_backbone_guide__its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    MAEForPreTraining(MAEConfig.from_size("tiny", num_hidden_layers=8, image_size=64)).save_pretrained("runs/mine")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGES[GUIDES / "backbone.md"], flags=re.DOTALL):
+        exec(block, names)
+    assert [tuple(found.shape[1:]) for found in names["maps"][:2]] == [(192, 16, 24), (256, 64, 96)]
+    encoder, model = names["encoder"].state_dict(), names["model"].eval()
+    assert all(model.backbone.state_dict()[name].equal(weight) for name, weight in encoder.items())
+    assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 5, 64, 96)
 
 
 def test_readme__is_read_in_five_minutes_and_leads_to_every_guide() -> None:
