@@ -1,6 +1,6 @@
 """The encoder as a backbone: maps of features, at the scale of the patches or as a pyramid, for dense predictions.
 
-B batch  D encoder width  h,w rows and columns of patches  S scale of a level, map sides / patch sides
+B batch  C channels  H,W image  N patches, in rows and columns  D encoder width
 """
 
 import math
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
-from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import PYRAMID_SCALES, MAEConfig
-from .inputs import grid_of, refuse_unknown
+from .inputs import chosen_states, grid_of, refuse_unknown
 from .modeling_mae import MAEModel, MAEPreTrainedModel
 from .patches import patchify
 
@@ -120,15 +120,24 @@ class MAEDenseModel(MAEPreTrainedModel):
         return maps
 
     def maps_and_encoded(
-        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Tensor], Any]:
-        """`maps`, and what the encoder returned, with the hidden states that the maps are made of; see `MAEModel`."""
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[dict[str, Tensor], BaseModelOutputWithPooling]:
+        """`maps`, and the encoder's output with the hidden states and attentions asked for: see `MAEModel`."""
         grid_shape = grid_of(pixel_values, self.config, any_size=True)
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
-        blocks = sorted(set(self.source_of.values()))
-        wanted = output_hidden_states if output_hidden_states is True else blocks
-        encoded = self.vit.encode(patches, grid_shape, output_hidden_states=wanted, **kwargs)
+        blocks, asked_for = set(self.source_of.values()), chosen_states(output_hidden_states, self.config)
+        encoded = self.vit.encode(
+            patches,
+            grid_shape,
+            output_hidden_states=sorted(blocks | asked_for),
+            output_attentions=output_attentions,
+        )
         states: Any = encoded.hidden_states
+        returned: Any = tuple(state if i in asked_for else None for i, state in enumerate(states))
+        encoded.hidden_states = returned if asked_for else None
         map_of = {block: self._as_map(states[block], block, grid_shape) for block in blocks}
         maps = {name: map_of[block] for name, block in self.source_of.items()}
         for name, level in self.pyramid.items() if self.pyramid is not None else ():
@@ -157,7 +166,8 @@ class MAEBackbone(BackboneMixin, MAEDenseModel):
 
     `from_pretrained(..., out_features=["stage3", "stage6", "stage9", "stage12"])` takes any checkpoint of this package,
     of ViTMAE and of ViT. `channels` has the channels of the maps. Images may be of any size in whole patches; the
-    position table is resized to each.
+    position table is resized to each. A classifier of mean-pooled tokens was trained without the encoder's norm, which
+    then starts new, with a warning: `backbone_norm="none"` has the maps as they were trained.
     """
 
     def __init__(self, config: MAEConfig) -> None:
@@ -171,7 +181,7 @@ class MAEBackbone(BackboneMixin, MAEDenseModel):
     def forward(
         self,
         pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput:
@@ -191,10 +201,10 @@ class MAEBackbone(BackboneMixin, MAEDenseModel):
             ValueError: the images do not fit the model.
         """
         refuse_unknown(self, kwargs)
-        maps, encoded = self.maps_and_encoded(pixel_values, output_hidden_states, output_attentions=output_attentions)
+        maps, encoded = self.maps_and_encoded(pixel_values, output_hidden_states, output_attentions)
         return BackboneOutput(
             feature_maps=tuple(maps.values()),  # type: ignore[arg-type]  # of any number, says its docstring
-            hidden_states=encoded.hidden_states if output_hidden_states else None,
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 

@@ -120,6 +120,17 @@ def test_forward__refuses_images_that_are_no_whole_patches_and_unknown_arguments
         backbone(images_of(32, 32), pixel_value=1)
 
 
+@pytest.mark.parametrize(("asked_for", "there"), [(None, None), (True, {0, 1, 2, 3}), (1, {1}), ([0, -1], {0, 3})])
+def test_hidden_states__those_asked_for_whatever_the_maps_are_made_of(asked_for: object, there: set | None) -> None:
+    backbone = seeded(MAEBackbone, tiny_config(out_features=["stage2"]))
+    output = backbone(random_images(backbone.config), output_hidden_states=asked_for)
+    found = output.hidden_states
+    assert (found if found is None else {i for i, state in enumerate(found) if state is not None}) == there
+    by_config = seeded(MAEBackbone, tiny_config(out_features=["stage2"], output_hidden_states=asked_for is True))
+    found = by_config(random_images(backbone.config)).hidden_states
+    assert (found is not None) == (asked_for is True)
+
+
 def test_attentions__of_windows_and_of_the_whole_image() -> None:
     backbone = seeded(MAEBackbone, tiny_config(window_size=2, num_global_blocks=1, attn_implementation="eager"))
     shapes = [tuple(weights.shape) for weights in backbone(images_of(32, 48), output_attentions=True).attentions]
@@ -142,6 +153,18 @@ def test_from_pretrained__takes_every_model_of_ours(model_class: type, tmp_path:
     expected = backbone.vit.layernorm(states[2])[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4)
     assert backbone(images).feature_maps[0].equal(expected)
     assert backbone.vit.embeddings.position_embeddings.requires_grad
+
+
+def test_from_pretrained__a_classifier_of_pooled_tokens_has_no_norm_for_maps(tmp_path: Path) -> None:
+    model = scramble(seeded(MAEForImageClassification, tiny_config(pooling="mean")))
+    model.save_pretrained(tmp_path)
+    _, info = MAEBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"vit.layernorm.weight", "vit.layernorm.bias"}
+    backbone, info = MAEBackbone.from_pretrained(tmp_path, backbone_norm="none", output_loading_info=True)
+    assert not info["missing_keys"]
+    images = random_images(model.config)
+    last = model.vit(images).last_hidden_state[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4)
+    assert backbone(images).feature_maps[0].equal(last)
 
 
 @pytest.mark.parametrize("kind", ["vit_mae", "vit"])
@@ -264,6 +287,7 @@ def test_pyramid__a_cell_sees_the_patches_under_it(pyramid: str, level: str, sca
                 expected |= {(2 * r + i, 2 * c + j) for i in range(2) for j in range(2)}
             else:
                 expected.add((int(r // scale), int(c // scale)))
+    assert seen
     assert seen <= expected, "max pooling takes one of four"
     if scale >= 1:
         assert seen == expected
@@ -334,6 +358,5 @@ def test_heads_of_transformers__round_trip(kind: str, tmp_path: Path) -> None:
     images = images_of(64, 64)
     with torch.no_grad():
         before, after = model(images), loaded(images)
-    for name in ("logits", "class_queries_logits", "masks_queries_logits"):
-        if name in before:
-            assert before[name].equal(after[name])
+    names = {"mask2former": ["class_queries_logits", "masks_queries_logits"]}.get(kind, ["logits"])
+    assert all(before[name].equal(after[name]) for name in names)

@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from itertools import product
 from typing import Any
 
 import torch
@@ -62,12 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
+    memory: dict[int, dict[str, float]] = {size: {} for size in options.image_sizes}
+    for image_size, side in product(options.image_sizes, SIDES):
+        # Before anything large happens in this process: on a CPU another one starts with its peak.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory[image_size][side] = pool.submit(added_memory, side, image_size, options).result() / 1e9
     results: dict[str, Any] = {}
-    for image_size in options.image_sizes:
-        gigabytes = {}
-        for side in SIDES:  # before anything large happens in this process: another one starts with its peak
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                gigabytes[side] = pool.submit(added_memory, side, image_size, options).result() / 1e9
+    for image_size, gigabytes in memory.items():
         clocks = {side: clock(step_of(side, image_size, options), options.device) for side in SIDES}
         take_turns(clocks, 1)  # to warm up
         seconds = take_turns(clocks, options.rounds)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_mae import MAEForImageClassification
+from ..modeling_mae import MAEPreTrainedModel
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def layer_of(parameter_name: str, depth: int) -> int:
     return 1 + depth
 
 
-def layerwise_groups(model: MAEForImageClassification, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layerwise_groups(model: MAEPreTrainedModel, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters by layer, each layer slower than the one above it (Appendix A.1, "layer-wise lr decay").
 
     The head has the learning rate of the schedule, the layer below `layer_decay` of it, and so on: in ViT-B the
@@ -60,7 +60,7 @@ def layerwise_groups(model: MAEForImageClassification, weight_decay: float, laye
     return list(groups.values())
 
 
-def freeze(model: MAEForImageClassification, blocks: float) -> None:
+def freeze(model: MAEPreTrainedModel, blocks: float) -> None:
     """Keep the embeddings and the first `blocks` blocks as they are, for partial fine-tuning (Fig. 9).
 
     Args:
