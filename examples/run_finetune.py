@@ -5,7 +5,7 @@
         --eval_fraction 0.2 --output_dir runs/mine_classifier           # one sub-folder for each class
     accelerate launch examples/run_finetune.py --recipe finetune_vit_base
 
-Settings are those of mae_hf.training.recipe.FinetuneRecipe (--help lists them): the paper's as defaults, then a recipe
+Settings are those of mae_hf.training.tasks.FinetuneRecipe (--help lists them): the paper's as defaults, then a recipe
 file, then the command line. Without --model_name_or_path the encoder starts from scratch. Starting again in a run
 folder continues the run.
 """
@@ -36,11 +36,11 @@ from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.metrics import MOST_DRAWN, ClassificationMetrics, classification_metrics, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.optim import freeze, layerwise_groups
-from mae_hf.training.recipe import FinetuneRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of
 from mae_hf.training.starting_weights import load_with_encoder, other_view
+from mae_hf.training.tasks import FinetuneRecipe
 
 OF_RECIPE = ("image_size", "pooling", "drop_path_rate")  # what may differ from the checkpoint
 

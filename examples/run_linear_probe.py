@@ -6,7 +6,7 @@
         --eval_fraction 0.2 --augment false --total_batch_size 1024 --base_lrs 0.1 0.3 1 3 10
     accelerate launch examples/run_linear_probe.py --recipe probe_vit_base
 
-Settings are those of mae_hf.training.recipe.ProbeRecipe (--help lists them): the paper's as defaults, then a recipe
+Settings are those of mae_hf.training.tasks.ProbeRecipe (--help lists them): the paper's as defaults, then a recipe
 file, then the command line. Starting again in a run folder continues the run.
 """
 
@@ -49,12 +49,12 @@ from mae_hf.training.probes import (
     frozen_encoder,
     knn_accuracy,
 )
-from mae_hf.training.recipe import ProbeRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sharding import check_whole
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 from mae_hf.training.starting_weights import load_with_encoder
+from mae_hf.training.tasks import ProbeRecipe
 
 
 def load_encoder(recipe: ProbeRecipe) -> MAEModel:

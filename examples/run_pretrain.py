@@ -4,7 +4,7 @@
     accelerate launch examples/run_pretrain.py --dataset path/to/images --output_dir runs/mine
     accelerate launch examples/run_pretrain.py --recipe vit_base_imagenet
 
-Settings are those of mae_hf.training.recipe.PretrainRecipe (--help lists them): the paper's as defaults, then a recipe
+Settings are those of mae_hf.training.tasks.PretrainRecipe (--help lists them): the paper's as defaults, then a recipe
 file, then the command line. Starting again in a run folder continues the run.
 """
 
@@ -30,11 +30,11 @@ from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.pictures import save_picture
-from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import ImageSource, open_source
 from mae_hf.training.starting_weights import load_with_encoder
+from mae_hf.training.tasks import PretrainRecipe
 
 PICTURES = 8
 

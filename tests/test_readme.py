@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.reconstruction import MAEReconstruction
-from mae_hf.training import command_line, recipe
+from mae_hf.training import command_line, tasks
 from mae_hf.training.pictures import save_picture
 
 ROOT = Path(__file__).parents[1]
@@ -113,8 +113,8 @@ def test_command__is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(chosen.training_script).exists()
     assert getattr(chosen, "config_file", None) is None or Path(chosen.config_file).exists()
     recipe_class, default = {
-        "run_pretrain.py": (recipe.PretrainRecipe, "quickstart"),
-        "run_finetune.py": (recipe.FinetuneRecipe, "quickstart_finetune"),
-        "run_linear_probe.py": (recipe.ProbeRecipe, None),
+        "run_pretrain.py": (tasks.PretrainRecipe, "quickstart"),
+        "run_finetune.py": (tasks.FinetuneRecipe, "quickstart_finetune"),
+        "run_linear_probe.py": (tasks.ProbeRecipe, None),
     }[Path(chosen.training_script).name]
     assert command_line.read_recipe(recipe_class, chosen.training_script_args, default)

@@ -27,8 +27,8 @@ from mae_hf import MAEForPreTraining, MAEModel
 from mae_hf.patches import sincos_position_table
 from mae_hf.training.augment import image_processor
 from mae_hf.training.command_line import parse_recipe
-from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe, ProbeRecipe
 from mae_hf.training.sources import open_source
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe
 
 EXAMPLES = reproduce.EXAMPLES
 DATA, RUNS = Path("data"), Path("runs")

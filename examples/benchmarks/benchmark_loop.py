@@ -43,8 +43,8 @@ from mae_hf.training.checkpoints import copied_to_host, finish_writing
 from mae_hf.training.launcher import best_precision
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.order import make_schedule
-from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.samples import batches
+from mae_hf.training.tasks import PretrainRecipe
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # of the script that is measured
 import run_pretrain

@@ -24,10 +24,10 @@ from mae_hf.training.augment import Normalize, image_processor, train_transform
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.loop import Run
 from mae_hf.training.optim import parameter_groups
-from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
+from mae_hf.training.tasks import PretrainRecipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "reproduce" / "recipes"
 

@@ -25,10 +25,10 @@ from mae_hf.training.augment import Normalize, eval_transform
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.metrics import classification_metrics
 from mae_hf.training.probes import extract_features, knn_accuracy, linear_probe
-from mae_hf.training.recipe import ProbeRecipe
 from mae_hf.training.samples import LabelledImages
 from mae_hf.training.sources import ImageSource, hold_out, open_labelled
 from mae_hf.training.starting_weights import checkpoint_normalisation
+from mae_hf.training.tasks import ProbeRecipe
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 SOLAR_PIXELS = 32  # side of the cells whose pixels are features

@@ -31,7 +31,7 @@ from mae_hf import MAEForPreTraining
 from mae_hf.configuration_mae import nearest
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.optim import parameter_groups
-from mae_hf.training.recipe import PretrainRecipe
+from mae_hf.training.tasks import PretrainRecipe
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 HERE = EXAMPLES / "reproduce"

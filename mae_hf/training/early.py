@@ -17,7 +17,7 @@ def check_command_line(recipe_class: str, default: str | None = None) -> None:
     """End a script at once, with a sentence, if its command line cannot be right.
 
     Args:
-        recipe_class: the name of a recipe dataclass.
+        recipe_class: the name of a dataclass in tasks.py.
         default: see `command_line.read_recipe`.
     """
     package = ModuleType(PACKAGE)
@@ -25,7 +25,7 @@ def check_command_line(recipe_class: str, default: str | None = None) -> None:
     sys.modules[PACKAGE] = package
     try:
         read_recipe = import_module(f"{PACKAGE}.command_line").read_recipe
-        read_recipe(getattr(import_module(f"{PACKAGE}.recipe"), recipe_class), default=default)
+        read_recipe(getattr(import_module(f"{PACKAGE}.tasks"), recipe_class), default=default)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)

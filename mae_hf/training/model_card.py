@@ -11,8 +11,9 @@ from .baseline import doubts_of_end
 from .command_line import as_yaml
 from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
-from .recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from .recipe import Recipe
 from .starting_weights import IMAGENET_MEAN
+from .tasks import FinetuneRecipe, PretrainRecipe
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10

@@ -23,7 +23,7 @@ from .folders import Found, choose_split, is_pattern, names_hash, open_files, op
 from .labels import Classes, find_classes
 from .overlap import shared_images
 from .paths import absence, is_absent_path
-from .recipe import LabelledRecipe
+from .tasks import LabelledRecipe
 
 # A missing file and an unreachable Hub are among them.
 ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)

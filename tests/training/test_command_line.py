@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mae_hf.training.command_line import as_yaml, parse_recipe, read_recipe
-from mae_hf.training.recipe import TRACKERS, FinetuneRecipe, PretrainRecipe
+from mae_hf.training.recipe import TRACKERS
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

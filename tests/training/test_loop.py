@@ -12,10 +12,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 from mae_hf.training.loop import Run
-from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
+from mae_hf.training.tasks import PretrainRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

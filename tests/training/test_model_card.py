@@ -16,7 +16,7 @@ from test_faults import SMALL, SMALL_ENCODER
 
 from mae_hf import MAEConfig, MAEForPreTraining
 from mae_hf.training.model_card import loss_table, shareable_recipe, write_pretraining_card
-from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 HISTORY = [{"step": 10 * i, "epoch": i / 4, "loss": 1 / i, "lr": 1e-4 * i} for i in range(1, 41)]

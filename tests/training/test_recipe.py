@@ -7,7 +7,8 @@ import yaml
 
 from mae_hf.configuration_mae import SIZES
 from mae_hf.training.command_line import parse_recipe
-from mae_hf.training.recipe import SIZE_NAMES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe
+from mae_hf.training.recipe import SIZE_NAMES, Recipe
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

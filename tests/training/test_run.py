@@ -18,8 +18,8 @@ from test_run_pretrain import SMALL
 from mae_hf.training import checkpoints
 from mae_hf.training.checkpoints import copied_to_host
 from mae_hf.training.progress import Progress
-from mae_hf.training.recipe import PretrainRecipe
 from mae_hf.training.run import RunFolder, closes_run_folder
+from mae_hf.training.tasks import PretrainRecipe
 
 TERMINAL = ("pty", "fcntl", "termios")
 

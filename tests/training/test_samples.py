@@ -20,7 +20,6 @@ from mae_hf.training.augment import Normalize, eval_transform, image_processor, 
 from mae_hf.training.decode import decode_image
 from mae_hf.training.evaluate import evaluation_batches
 from mae_hf.training.order import PADDING, SampleKey, make_schedule, sample_keys
-from mae_hf.training.recipe import FinetuneRecipe
 from mae_hf.training.samples import LabelledImages, PretrainingImages, batches
 from mae_hf.training.sources import (
     ImageSource,
@@ -31,6 +30,7 @@ from mae_hf.training.sources import (
     open_source,
     select,
 )
+from mae_hf.training.tasks import FinetuneRecipe
 
 
 def pixels(index: int, channels: int = 3) -> np.ndarray:

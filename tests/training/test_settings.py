@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mae_hf.training.command_line import parse_recipe
-from mae_hf.training.recipe import FinetuneRecipe, PretrainRecipe, ProbeRecipe, Recipe
+from mae_hf.training.recipe import Recipe
 from mae_hf.training.settings import may_change
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

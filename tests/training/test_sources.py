@@ -23,8 +23,8 @@ from training.test_samples import encoded, pixels, upload_tables, which, write_f
 
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.labels import Classes
-from mae_hf.training.recipe import FinetuneRecipe, ProbeRecipe
 from mae_hf.training.sources import ImageSource, few_labels, hold_out, open_labelled, open_source
+from mae_hf.training.tasks import FinetuneRecipe, ProbeRecipe
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["cat", "dog", "eel"]

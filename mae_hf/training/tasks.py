@@ -1,0 +1,269 @@
+"""The tasks: every setting of a run, in one frozen dataclass each; the defaults are the paper's.
+
+Only the standard library is imported here, as in recipe.py and for its reason.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .recipe import Recipe, WholeModel
+from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, again, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(WholeModel, Recipe):
+    """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
+
+    decoder_hidden_size: int | None = setting(
+        None, MODEL, "width of the decoder, else the size's; 512 in the paper", at_least=1
+    )
+    decoder_num_hidden_layers: int | None = setting(
+        None, MODEL, "depth of the decoder, else the size's; 8 in the paper", at_least=1
+    )
+    decoder_num_attention_heads: int | None = setting(
+        None, MODEL, "heads of the decoder, else the size's; 16 in the paper", at_least=1
+    )
+    mask_ratio: float = setting(0.75, MODEL, "share of the patches that is hidden (Fig. 5)", above=0, below=1)
+    norm_pix_loss: bool = setting(True, MODEL, "predict pixels normalised per patch (Table 1d)")
+    mask_tokens_in_encoder: bool = setting(
+        False, MODEL, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
+    )
+    decoder_type: str = setting(
+        "self", MODEL, "self, the paper's decoder, or cross, the cheaper one of CrossMAE", choices=("self", "cross")
+    )
+    prediction_ratio: float = setting(
+        1.0, MODEL, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3", above=0, at_most=1
+    )
+
+    repeated_augmentation: int = setting(
+        1,
+        PIXELS,
+        "samples that are made of an image when it is decoded, each with a crop and a mask of its own, all in a row; "
+        "an epoch is still as many samples as there are images, so that a pass over the images takes this many epochs",
+        at_least=1,
+    )
+    reduced_decoding: bool = setting(
+        False,
+        PIXELS,
+        "decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop still has more pixels than the model "
+        "sees: faster above 1.4 Mpixel or so, for a model of 224, and pixels differ a little",
+    )
+
+    picture_every: int = setting(
+        1000,
+        RUNNING,
+        "optimizer steps between two pictures of reconstructions; 0 for only one at the end",
+        at_least=0,
+        may_change=True,
+    )
+    output_dir: str = again(Recipe, "output_dir", "runs/pretrain")
+    hub_push_every_checkpoint: bool = setting(
+        False, HUB, "also push at every checkpoint, while training goes on", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_push_every_checkpoint and not self.push_to_hub:
+            raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRecipe(Recipe):
+    """What fine-tuning and probing share: labels, and the evaluation set."""
+
+    label_column: str | None = setting(
+        None, IMAGES, "column that holds the label; found by itself if there is just one"
+    )
+    num_labels: int | None = setting(
+        None, IMAGES, "number of classes, where labels are bare numbers in a stream", at_least=1
+    )
+    labels_per_class: int | None = setting(
+        None, IMAGES, "train on this many images of each class, drawn by the seed", at_least=1
+    )
+    eval_dataset: str | None = setting(
+        None, IMAGES, "evaluation set, where it is another data set; it needs no eval_split, unless it has several"
+    )
+    eval_split: str | None = setting(
+        None,
+        IMAGES,
+        "split of the evaluation set, 'validation' for instance, see split; overrides a recipe's eval_fraction",
+    )
+    eval_fraction: float | None = setting(
+        None,
+        IMAGES,
+        "no such split: take this share of each class out of the training images, drawn by the seed",
+        above=0,
+        below=1,
+    )
+    pooling: str = setting(
+        "mean",
+        MODEL,
+        "what stands for the image: mean of the patch tokens, or cls, the class token",
+        choices=("mean", "cls"),
+    )
+    paper_warmup: ClassVar[tuple[int, int]] = (5, 100)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eval_split", "eval_dataset"):
+            if self.eval_fraction is not None and getattr(self, name) is not None:
+                raise ValueError(f"eval_fraction takes images out of the training images: leave {name} or it out.")
+        if not self.only_evaluates and (self.eval_fraction, self.eval_split, self.eval_dataset) == (None, None, None):
+            raise ValueError(
+                "Say what the evaluation set is: --eval_split NAME of the data set, another --eval_dataset, or "
+                "--eval_fraction SHARE to take it out of the training images."
+            )
+        if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
+            raise ValueError(
+                "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
+                "an eval_split."
+            )
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether there is nothing to train, so that no training images are needed."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(WholeModel, LabelledRecipe):
+    """Fine-tuning end to end (Table 9, with the original repository's values for ViT-B/16 on ImageNet-1k)."""
+
+    crop_scale: list[float] = again(Recipe, "crop_scale", [0.08, 1.0])
+    rand_augment: float = setting(
+        9.0, PIXELS, "magnitude of RandAugment out of 10; 0 leaves it out", at_least=0, at_most=10
+    )
+    rand_augment_std: float = setting(0.5, PIXELS, "standard deviation of that magnitude", at_least=0)
+    random_erasing: float = setting(
+        0.25, PIXELS, "probability that a rectangle is replaced by noise", at_least=0, at_most=1
+    )
+    mixup: float = setting(0.8, PIXELS, "alpha of mixup, 0 for none", at_least=0)
+    cutmix: float = setting(1.0, PIXELS, "alpha of cutmix, 0 for none", at_least=0)
+    mixup_switch: float = setting(0.5, PIXELS, "probability of cutmix where both are on", at_least=0, at_most=1)
+    label_smoothing: float = setting(
+        0.1, PIXELS, "share of the target that is spread over all classes", at_least=0, below=1
+    )
+
+    paper_batch: ClassVar[int] = 1024
+    epochs: int = again(Recipe, "epochs", 100)
+    base_lr: float = again(Recipe, "base_lr", 5e-4, "the paper's Table 9 has 1e-3")
+    min_lr: float = again(Recipe, "min_lr", 1e-6, "before layer-wise decay")
+    adam_beta2: float = again(WholeModel, "adam_beta2", 0.999)
+    layer_decay: float = setting(
+        0.65,
+        OPTIMISATION,
+        "each layer's learning rate as a share of the layer's above; Table 9 has 0.75",
+        above=0,
+        at_most=1,
+    )
+    drop_path_rate: float = setting(
+        0.1, MODEL, "stochastic depth of the last block, growing from 0 at the first", at_least=0, below=1
+    )
+    freeze: float | None = setting(
+        None,
+        MODEL,
+        "keep the embeddings and this many blocks, from the bottom, as they are; 23.5 of 24 trains the last MLP",
+        at_least=0,
+    )
+    ema_decay: float | None = setting(
+        None,
+        OPTIMISATION,
+        "evaluate and save a moving average of the weights with this decay, 0.9999 in Table 11",
+        above=0,
+        below=1,
+    )
+
+    eval_every: float = setting(1.0, RUNNING, "epochs between two evaluations; there is always one at the end", above=0)
+    eval_only: bool = setting(
+        False,
+        RUNNING,
+        "evaluate model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well, "
+        "and may lack some of the model's classes",
+    )
+    output_dir: str = again(Recipe, "output_dir", "runs/finetune")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_only and self.model_name_or_path is None:
+            raise ValueError("eval_only needs a model to evaluate: --model_name_or_path.")
+
+    @property
+    def only_evaluates(self) -> bool:
+        return self.eval_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecipe(LabelledRecipe):
+    """Probing a frozen encoder (Table 10: ViT-B/16 on ImageNet-1k, LARS, 90 epochs, batch 16384)."""
+
+    probe: str = setting(
+        "linear",
+        MODEL,
+        "linear, on the pooled features, with LARS; or attentive, on all tokens by cross-attention, with AdamW, which "
+        "wants a base_lr about 1e-3 and a total_batch_size about 1024",
+        choices=("linear", "attentive"),
+    )
+    augment: bool = setting(
+        True,
+        PIXELS,
+        "look at random crops, as in the paper; without, each feature is computed just once and used every epoch",
+    )
+    crop_scale: list[float] = again(Recipe, "crop_scale", [0.08, 1.0])
+    pooling: str = again(LabelledRecipe, "pooling", "cls", "an attentive probe sees all tokens")
+    attention_heads: int = setting(8, MODEL, "heads of an attentive probe", at_least=1)
+    knn_k: list[int] = setting(
+        [10, 20, 100, 200], MODEL, "neighbours that vote; k-NN is low by nature for a masked autoencoder", at_least=1
+    )
+    knn_temperature: float = setting(0.07, MODEL, "of the votes, as in DINO", above=0)
+
+    paper_batch: ClassVar[int] = 16384
+    paper_warmup: ClassVar[tuple[int, int]] = (10, 90)
+    epochs: int = again(Recipe, "epochs", 90)
+    base_lr: float = again(
+        Recipe, "base_lr", 0.1, "at the small batches of a small data set LARS wants 1 to 30: see base_lrs"
+    )
+    base_lrs: list[float] | None = setting(
+        None,
+        OPTIMISATION,
+        "several in place of base_lr, each with a head of its own, in one pass; selection_fraction chooses",
+        at_least=0,
+    )
+    selection_fraction: float = setting(
+        0.1,
+        OPTIMISATION,
+        "share of each class taken out of the training images to choose among base_lrs; the evaluation set doesn't",
+        above=0,
+        below=1,
+    )
+    weight_decay: float = again(Recipe, "weight_decay", 0.0)
+    momentum: float = setting(0.9, OPTIMISATION, "of LARS", at_least=0, below=1)
+    output_dir: str = again(Recipe, "output_dir", "runs/probe")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise ValueError("A probe needs an encoder to look at: --model_name_or_path.")
+        if self.base_lrs is not None and len(set(self.base_lrs)) < max(2, len(self.base_lrs)):
+            raise ValueError(f"base_lrs must be several learning rates, but is {self.base_lrs}: base_lr is for one.")
+        if self.base_lrs is not None and self.streaming:
+            raise ValueError("A stream cannot be divided by class to choose among base_lrs: leave streaming out.")
+        highest = max(self.all_base_lrs if self.total_batch_size is None else self.effective_lrs)
+        if self.probe == "attentive" and highest >= 0.1:
+            raise ValueError(
+                f"A learning rate of {highest:.3g} is one of LARS, and an attentive probe is trained with AdamW: set "
+                f"--base_lr 1e-3, for instance."
+            )
+        for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "license"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"A probe is not a model to publish, so {name} has no effect: leave it out.")
+
+    @property
+    def all_base_lrs(self) -> list[float]:
+        """One probe is trained for each."""
+        return self.base_lrs or [self.base_lr]
+
+    @property
+    def effective_lrs(self) -> list[float]:
+        """The peak learning rates of all probes of a recipe that is `fitted`, by the linear scaling rule."""
+        assert self.total_batch_size is not None
+        return [base_lr * self.total_batch_size / 256 for base_lr in self.all_base_lrs]
