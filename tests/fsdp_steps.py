@@ -7,6 +7,7 @@ test_sharding.py compares them with one process.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def main(folder: Path) -> None:
         (folder / "losses.json").write_text(json.dumps((losses / num_processes).tolist()))
     distributed.barrier()  # a process that is gone earlier can make the other abort while it leaves
     distributed.destroy_process_group()
+    # The interpreter would take its modules apart while torch's threads are still there: one such end in many aborts.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
