@@ -6,6 +6,7 @@ from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
 )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         MAEModel,
         MAEPreTrainedModel,
     )
+    from .modeling_segmentation import MAEForSemanticSegmentation
     from .reconstruction import MAEReconstruction
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEForPreTrainingOutput",
+    "MAEForSemanticSegmentation",
     "MAEModel",
     "MAEPreTrainedModel",
     "MAEReconstruction",
@@ -43,9 +46,13 @@ def __getattr__(name: str) -> Any:
     # takes as long to import as all the rest, and who only reads a configuration needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import modeling_dense, modeling_mae, reconstruction
+    from . import modeling_dense, modeling_mae, modeling_segmentation, reconstruction
 
-    others = {"MAEReconstruction": reconstruction, "MAEBackbone": modeling_dense}
+    others = {
+        "MAEReconstruction": reconstruction,
+        "MAEBackbone": modeling_dense,
+        "MAEForSemanticSegmentation": modeling_segmentation,
+    }
     return getattr(others.get(name, modeling_mae), name)
 
 
@@ -93,6 +100,7 @@ for table, name in (
     (MODEL_MAPPING, "MAEModel"),
     (MODEL_FOR_PRETRAINING_MAPPING, "MAEForPreTraining"),
     (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "MAEForImageClassification"),
+    (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, "MAEForSemanticSegmentation"),
     (MODEL_FOR_BACKBONE_MAPPING, "MAEBackbone"),
 ):
     table.register(MAEConfig, _Later(name), exist_ok=True)  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ LARGEST: dict[str, int] = {
     "decoder_num_attention_heads": 2**10,
     "decoder_intermediate_size": 2**18,
     "pyramid_channels": 2**15,
+    "segmentation_channels": 2**15,
 }
+MAY_BE_NONE = ("segmentation_channels",)
 LARGEST_SIDE = 2**16  # of an image in pixels
 
 # The levels of a backbone's pyramid -> by how much its map is finer than that of the patches. Of patches of 16 pixels
@@ -93,7 +95,7 @@ def _said_as_value_error() -> Iterator[None]:
 
 
 class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of `MAEModel`, `MAEForPreTraining`, `MAEForImageClassification` and `MAEBackbone`.
+    """Configuration of all models of this package.
 
     The fields have the names of transformers' `ViTMAEConfig`; the defaults are ViT-B/16 as pre-trained in the paper
     (Table 8): 75 % of the patches hidden, targets normalised per patch. `from_pretrained` also reads the config.json of
@@ -132,6 +134,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         pyramid_channels: channels of the levels of the `"simple"` pyramid. Those of `"blocks"` have `hidden_size`.
         backbone_norm: what the maps of a backbone go through: the `"final"` norm of the encoder, `"stages"`, a
             LayerNorm of each, or `"none"`, as in ViTDet.
+        segmentation_head: of `MAEForSemanticSegmentation`: `"upernet"` over four blocks (Appendix A.4), or `"linear"`,
+            a linear layer on the last map.
+        segmentation_channels: of UperNet; `None` means `hidden_size`, as in the paper's recipe.
+        segmentation_norm: of UperNet: `"batch"`, as in the paper, which needs several images on every device, or
+            `"layer"`, over the channels of each position, with which an image is the same in any batch.
+        segmentation_dropout: share of the channels that are dropped before the last layer of a head.
+        auxiliary_loss_weight: of a second, smaller head of UperNet on the third map; 0 for none.
+        semantic_loss_ignore_index: what stands in a map of classes where the class is unknown.
         out_features, out_indices: which of `stage_names` a backbone returns, by name or by number; the last block's if
             neither is given.
 
@@ -171,6 +181,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     pyramid: str = "simple"
     pyramid_channels: int = 256
     backbone_norm: str = "final"
+    segmentation_head: str = "upernet"
+    segmentation_channels: int | None = None
+    segmentation_norm: str = "batch"
+    segmentation_dropout: float | int = 0.1
+    auxiliary_loss_weight: float | int = 0.4
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs: Any) -> None:
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -280,11 +296,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """What a backbone returns if nothing is said: the map of the last block."""
         return [f"stage{self.num_hidden_layers}"]
 
-    @property
-    def pyramid_blocks(self) -> dict[str, int]:
-        """Of which block's output each level of the pyramid is made, counted from 1."""
+    def pyramid_blocks(self, pyramid: str) -> dict[str, int]:
+        """Of which block's output each level of a kind of pyramid is made, counted from 1."""
         depth, levels = self.num_hidden_layers, len(PYRAMID_SCALES)
-        parts = range(1, levels + 1) if self.pyramid == "blocks" else [levels] * levels
+        parts = range(1, levels + 1) if pyramid == "blocks" else [levels] * levels
         return {level: max(1, round(depth * part / levels)) for level, part in zip(PYRAMID_SCALES, parts, strict=True)}
 
     @property
@@ -323,7 +338,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             if max(pair) > LARGEST_SIDE:
                 raise ValueError(f"{name} must be at most {LARGEST_SIDE:,} pixels, but is {size!r}.")
         for name, largest in LARGEST.items():
-            if not _is_number(value := getattr(self, name), int) or value < 1:
+            if (value := getattr(self, name)) is None and name in MAY_BE_NONE:
+                continue
+            if not _is_number(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest:,}, but is {value:,}.")
@@ -345,10 +362,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{prefix}hidden_size {width} is not divisible by 4: the sin-cos position table needs a sine and a "
                     f"cosine for each of the two axes."
                 )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "segmentation_dropout"):
             if not _is_number(value := getattr(self, name)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {value!r}.")
-        for name in ("initializer_range", "layer_norm_eps"):
+        for name in ("initializer_range", "layer_norm_eps", "auxiliary_loss_weight"):
             if not _is_number(value := getattr(self, name)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, but is {value!r}.")
         for name in ("qkv_bias", "norm_pix_loss", "mask_tokens_in_encoder"):
@@ -380,6 +397,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.pyramid not in ("simple", "blocks"):
             raise ValueError(f"pyramid must be 'simple' or 'blocks', but is {self.pyramid!r}.")
+        if self.segmentation_head not in ("upernet", "linear"):
+            raise ValueError(f"segmentation_head must be 'upernet' or 'linear', but is {self.segmentation_head!r}.")
+        if self.segmentation_norm not in ("batch", "layer"):
+            raise ValueError(f"segmentation_norm must be 'batch' or 'layer', but is {self.segmentation_norm!r}.")
+        if not _is_number(ignored := self.semantic_loss_ignore_index, int):
+            raise ValueError(f"semantic_loss_ignore_index must be an int, but is {ignored!r}.")
         if self.backbone_norm not in ("final", "stages", "none"):
             raise ValueError(f"backbone_norm must be 'final', 'stages' or 'none', but is {self.backbone_norm!r}.")
         if self.mask_tokens_in_encoder and self.decoder_type == "cross":

@@ -33,7 +33,9 @@ WRAPPER_KEYS = {r"^(?:module\.|_orig_mod\.)+": "", r"\._orig_mod\.": "."}
 
 # The parts of a model by the names of their weights. (The mask token of a ViT is for masked images, and nobody's here.)
 ENCODER_PART = re.compile(r"(?:vit\.)?(embeddings(?=\.(?!mask_token$))|layers\.\d+(?=\.)|layernorm(?=\.))")
-OTHER_PART = re.compile(r"(decoder|fc_norm|classifier)\.")
+OTHER_PART = re.compile(r"(decoder|fc_norm|classifier|decode_head|auxiliary_head)\.")
+# What the models of maps have on the encoder, and the others leave behind.
+PARTS_OF_MAPS = [r"^norms\.", r"^pyramid\.", r"^decode_head\.", r"^auxiliary_head\."]
 
 # Bytes. The format allows 100 MB, which take minutes to read; a ViT of 500 layers has 1 MB.
 LONGEST_HEADER = 8_000_000
@@ -245,12 +247,14 @@ def auto_classes() -> dict[str, type]:
     """
     from .modeling_dense import MAEBackbone
     from .modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+    from .modeling_segmentation import MAEForSemanticSegmentation
 
     return {
         "AutoConfig": MAEConfig,
         "AutoModel": MAEModel,
         "AutoModelForPreTraining": MAEForPreTraining,
         "AutoModelForImageClassification": MAEForImageClassification,
+        "AutoModelForSemanticSegmentation": MAEForSemanticSegmentation,
         "AutoBackbone": MAEBackbone,
     }
 

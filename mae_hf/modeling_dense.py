@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import PYRAMID_SCALES, MAEConfig
 from .inputs import chosen_states, grid_of, refuse_unknown
+from .loading import PARTS_OF_MAPS
 from .modeling_mae import MAEModel, MAEPreTrainedModel
 from .patches import patchify
 
@@ -76,10 +77,15 @@ class SimpleFeaturePyramid(nn.ModuleDict):
 
 
 class MAEDenseModel(MAEPreTrainedModel):
-    """What models of maps share: the encoder as `vit`, where every checkpoint has it, and the maps of `out_features`.
+    """What models of maps share: the encoder as `vit`, where every checkpoint has it, and the maps of some features.
 
     Only what the wanted maps need is built. (A block above the last wanted one is run all the same: to leave it out,
     give a smaller `num_hidden_layers`.)
+
+    Args:
+        config: the configuration.
+        names: of the maps, out of `config.stage_names`.
+        pyramid: what makes the levels of the pyramid, see `MAEConfig`.
     """
 
     trains_position_table = True
@@ -90,28 +96,27 @@ class MAEDenseModel(MAEPreTrainedModel):
         r"^fc_norm\.",
         r"^classifier\.",
         r"^(vit\.)?layernorm\.",
-        r"^norms\.",
-        r"^pyramid\.",
+        *PARTS_OF_MAPS,
     ]
 
-    def __init__(self, config: MAEConfig) -> None:
+    def __init__(self, config: MAEConfig, names: list[str], pyramid: str) -> None:
         super().__init__(config)
-        names: list[str] = list(config.out_features)
         levels = [name for name in names if name in PYRAMID_SCALES]
         block_of = {name: block for block, name in enumerate(config.stage_names[: config.num_hidden_layers + 1])}
         # Each map is made of the output of one block, of which 0 stands for the embeddings.
-        self.source_of = {name: config.pyramid_blocks[name] if name in levels else block_of[name] for name in names}
+        block_of |= config.pyramid_blocks(pyramid)
+        self.source_of = {name: block_of[name] for name in names}
         self.vit = MAEModel(config, final_norm=config.backbone_norm == "final")
         self.norms: nn.ModuleDict | None = None
         if config.backbone_norm == "stages":
             sources = sorted(set(self.source_of.values()))
             norm = {str(block): nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for block in sources}
             self.norms = nn.ModuleDict(norm)
-        pyramid_class = BlockPyramid if config.pyramid == "blocks" else SimpleFeaturePyramid
+        pyramid_class = BlockPyramid if pyramid == "blocks" else SimpleFeaturePyramid
         self.pyramid = pyramid_class(config, levels) if levels else None
 
     def maps(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """The maps of `config.out_features`, (B, channels, rows, columns) each, of images (B, C, H, W) of any size.
+        """The maps by their names, (B, channels, rows, columns) each, of images (B, C, H, W) of any size.
 
         Raises:
             ValueError: the sides of the images are not multiples of the patch.
@@ -171,7 +176,7 @@ class MAEBackbone(BackboneMixin, MAEDenseModel):
     """
 
     def __init__(self, config: MAEConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, list(config.out_features), config.pyramid)
         of_level = config.hidden_size if config.pyramid == "blocks" else config.pyramid_channels
         self.num_features = [of_level if name in PYRAMID_SCALES else config.hidden_size for name in config.stage_names]
         self.post_init()

@@ -23,20 +23,30 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
     pipeline,
 )
 
-from mae_hf import MAEBackbone, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from mae_hf import (
+    MAEBackbone,
+    MAEConfig,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEForSemanticSegmentation,
+    MAEModel,
+)
 from mae_hf.training.augment import image_processor
 
 CODE = {
     *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
-    *("modeling_dense.py", "modeling_mae.py", "patches.py", "reconstruction.py", "windows.py"),
+    *("modeling_dense.py", "modeling_mae.py", "modeling_segmentation.py", "patches.py", "reconstruction.py"),
+    "windows.py",
 }
 MODELS = [
     (MAEModel, AutoModel),
     (MAEForPreTraining, AutoModelForPreTraining),
     (MAEForImageClassification, AutoModelForImageClassification),
+    (MAEForSemanticSegmentation, AutoModelForSemanticSegmentation),
     (MAEBackbone, AutoBackbone),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub of its HTTP client

@@ -244,8 +244,8 @@ def test_pyramid__has_as_many_weights_as_published() -> None:
 )
 def test_block_pyramid__is_of_each_quarter_of_the_depth(depth: int, blocks: list[int]) -> None:
     config = tiny_config(num_hidden_layers=depth, pyramid="blocks", out_features=LEVELS)
-    assert list(config.pyramid_blocks.values()) == blocks
-    assert set(tiny_config(num_hidden_layers=depth).pyramid_blocks.values()) == {depth}
+    assert list(config.pyramid_blocks("blocks").values()) == blocks
+    assert set(config.pyramid_blocks("simple").values()) == {depth}
 
 
 def test_rescaling__is_deconvolution_and_pooling_as_a_slow_loop() -> None:
