@@ -52,7 +52,7 @@ def when_step(number: int, action: Callable[[], None], monkeypatch: pytest.Monke
     """Do something just before an optimizer step, counted from 0."""
     original = loop.lr_at
 
-    def lr_at(step: int, *others: float) -> float:
+    def lr_at(step: int, *others: float | str) -> float:
         if step == number:
             action()
         return original(step, *others)

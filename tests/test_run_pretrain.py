@@ -294,7 +294,7 @@ def test_loop__waits_for_the_device_only_where_it_logs_or_saves(
             waits.add(step_now)
         return original_tolist(tensor)
 
-    def lr_at(step: int, *others: float) -> float:
+    def lr_at(step: int, *others: float | str) -> float:
         nonlocal step_now
         step_now = step + 1
         return original_lr_at(step, *others)

@@ -232,7 +232,8 @@ class Run:
             del self.data  # ends its workers now, rather than when the garbage is collected
 
     def _lr(self, step: int, peak_lr: float) -> float:
-        return lr_at(step - 1, self.total_steps, self.warmup_steps, peak_lr, self.recipe.min_lr)
+        schedule = getattr(self.recipe, "lr_schedule", "cosine")
+        return lr_at(step - 1, self.total_steps, self.warmup_steps, peak_lr, self.recipe.min_lr, schedule)
 
     @property
     def peak_lrs(self) -> list[float]:

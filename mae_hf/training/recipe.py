@@ -100,17 +100,7 @@ class Recipe:
     num_attention_heads: int | None = setting(None, MODEL, "heads of the encoder, else the size's", at_least=1)
 
     # --- how images are looked at
-    crop_scale: list[float] = setting(
-        [0.2, 1.0], PIXELS, "random resized crop: smallest and largest share of the image's area", above=0, at_most=1
-    )
     horizontal_flip: bool = setting(True, PIXELS, "mirror half of the images; wrong for text and digits")
-    center_crop: float = setting(
-        0.875,
-        PIXELS,
-        "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper",
-        at_least=0.1,
-        at_most=1,
-    )
     image_mean: list[float] | None = setting(
         None,
         IMAGES,
@@ -260,8 +250,6 @@ class Recipe:
         for name in ("image_size", "patch_size"):
             if (sides := getattr(self, name)) is not None and len(sides) not in (1, 2):
                 raise ValueError(f"{name} must be one number or height and width, but is {sides}.")
-        if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
-            raise ValueError(f"crop_scale must be two shares 0 < smallest <= largest <= 1, but is {self.crop_scale}.")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
         for name in ("dataset", "eval_dataset"):
@@ -370,6 +358,27 @@ class Recipe:
         from ..configuration_mae import MAEConfig
 
         return [f.name for f in fields(self) if f.name in MAEConfig.__annotations__]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cropped(Recipe):
+    """What tasks share that look at a part of the image, resized to the model's size."""
+
+    crop_scale: list[float] = setting(
+        [0.2, 1.0], PIXELS, "random resized crop: smallest and largest share of the image's area", above=0, at_most=1
+    )
+    center_crop: float = setting(
+        0.875,
+        PIXELS,
+        "share of the resized image's side that is kept where nothing is random; 224 / 256 in the paper",
+        at_least=0.1,
+        at_most=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
+            raise ValueError(f"crop_scale must be two shares 0 < smallest <= largest <= 1, but is {self.crop_scale}.")
 
 
 @dataclass(frozen=True, kw_only=True)

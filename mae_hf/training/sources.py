@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .folders import Found, choose_split, is_pattern, names_hash, open_files, op
 from .labels import Classes, find_classes
 from .overlap import shared_images
 from .paths import absence, is_absent_path
-from .tasks import LabelledRecipe
+from .tasks import EvaluatedRecipe, LabelledRecipe
 
 # A missing file and an unreachable Hub are among them.
 ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)
@@ -102,7 +102,7 @@ def open_source(
         ValueError: nothing of that name, no such split, no images in it, no single column of images or of labels.
     """
     try:
-        found = _find(dataset, split, whole, streaming, labelled, config)
+        found = find_rows(dataset, split, whole, streaming, labelled, config)
     except ERRORS_OF_DATASETS as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         named = f" (split {split!r})" if split else ""
@@ -129,8 +129,10 @@ def open_source(
     return ImageSource(found.name, images, length or None, classes, fingerprint, *about)
 
 
-def _find(dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None) -> Found:
-    """The data set of `datasets`, with all of its columns."""
+def find_rows(
+    dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None
+) -> Found:
+    """The data set of `datasets`, with all of its columns; see `open_source`."""
     path = Path(dataset).expanduser()
     if dataset == "digits" and not path.exists():
         choose_split(split, [], whole)
@@ -337,23 +339,9 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
             whole,
         )
 
-    if recipe.eval_fraction is not None:
-        whole = labelled(recipe.dataset, recipe.split, False)
-        train, eval_source = hold_out(whole, recipe.eval_fraction, recipe.seed)
-        eval_source = _with_remark(eval_source, _said_of_shared_images(train, eval_source))
-        if unused := [name for name in whole.splits if split_kind(name) in ("validation", "test")]:
-            instead = f"{recipe.eval_fraction:g} of the training images, and not the split {' or '.join(unused)}"
-            eval_source = _with_remark(eval_source, f"{instead}, which is for --eval_split to name")
-    else:
-        eval_split = recipe.eval_split
-        if recipe.only_evaluates and eval_split is None and recipe.eval_dataset is None and recipe.split != "train":
-            eval_split = recipe.split
-        is_whole = recipe.only_evaluates or recipe.eval_dataset is not None
-        eval_source = labelled(recipe.eval_dataset or recipe.dataset, eval_split, is_whole)
-        if recipe.only_evaluates:
-            return eval_source, eval_source
-        train = labelled(recipe.dataset, recipe.split, False)
-        eval_source = _apart(train, eval_source)
+    train, eval_source = open_divided(recipe, labelled, hold_out)
+    if recipe.only_evaluates:
+        return train, eval_source
     if eval_source.classes is not None and eval_source.label_names != train.label_names:
         try:
             eval_source = replace(eval_source, classes=eval_source.classes.renumbered(train.label_names))
@@ -370,6 +358,65 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, eval_source
+
+
+def open_divided(
+    recipe: EvaluatedRecipe,
+    open_part: Callable[[str, str | None, bool], ImageSource],
+    divide: Callable[[ImageSource, float, int], tuple[ImageSource, ImageSource]],
+) -> tuple[ImageSource, ImageSource]:
+    """The images that a recipe trains on, and the evaluation set; the latter twice if nothing is to be trained.
+
+    Args:
+        recipe: says which.
+        open_part: opens a split of a data set, see `open_source`: name, split, and whether splits are of no matter.
+        divide: takes a share of the images out, by a seed, as `hold_out` does.
+
+    Raises:
+        ValueError: see `open_source`; or both are of the same images.
+    """
+    if recipe.eval_fraction is not None:
+        whole = open_part(recipe.dataset, recipe.split, False)
+        train, eval_source = divide(whole, recipe.eval_fraction, recipe.seed)
+        eval_source = _with_remark(eval_source, _said_of_shared_images(train, eval_source))
+        if unused := [name for name in whole.splits if split_kind(name) in ("validation", "test")]:
+            instead = f"{recipe.eval_fraction:g} of the training images, and not the split {' or '.join(unused)}"
+            eval_source = _with_remark(eval_source, f"{instead}, which is for --eval_split to name")
+        return train, eval_source
+    eval_split = recipe.eval_split
+    if recipe.only_evaluates and eval_split is None and recipe.eval_dataset is None and recipe.split != "train":
+        eval_split = recipe.split
+    is_whole = recipe.only_evaluates or recipe.eval_dataset is not None
+    eval_source = open_part(recipe.eval_dataset or recipe.dataset, eval_split, is_whole)
+    if recipe.only_evaluates:
+        return eval_source, eval_source
+    train = open_part(recipe.dataset, recipe.split, False)
+    return train, _apart(train, eval_source)
+
+
+def hold_out_any(source: ImageSource, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Divide images into two, `fraction` of all in the second, but one at least; a function of the seed.
+
+    Raises:
+        ValueError: there is only one.
+    """
+    order = image_order(len(source.images), seed, epoch=0).numpy()
+    held = min(max(1, round(fraction * len(order))), len(order) - 1)
+    if not held:
+        raise ValueError(f"Nothing is left to evaluate on: {source.name} has one image.")
+    return select(source, np.sort(order[held:])), select(source, np.sort(order[:held]))
+
+
+def few_images(source: ImageSource, count: int, seed: int) -> ImageSource:
+    """`count` of the images, a function of the seed; those of a smaller number are among those of a larger.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if count > len(source.images):
+        raise ValueError(f"labelled_images is {count:,}, but there are {len(source.images):,}.")
+    order = image_order(len(source.images), seed, epoch=0).numpy()
+    return select(source, np.sort(order[:count]))
 
 
 def _apart(train: ImageSource, eval_source: ImageSource) -> ImageSource:

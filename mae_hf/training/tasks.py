@@ -6,12 +6,12 @@ Only the standard library is imported here, as in recipe.py and for its reason.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .recipe import Recipe, WholeModel
+from .recipe import Cropped, Recipe, WholeModel
 from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, again, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainRecipe(WholeModel, Recipe):
+class PretrainRecipe(WholeModel, Cropped):
     """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
 
     decoder_hidden_size: int | None = setting(
@@ -68,18 +68,9 @@ class PretrainRecipe(WholeModel, Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledRecipe(Recipe):
-    """What fine-tuning and probing share: labels, and the evaluation set."""
+class EvaluatedRecipe(Recipe):
+    """What tasks share that have an evaluation set."""
 
-    label_column: str | None = setting(
-        None, IMAGES, "column that holds the label; found by itself if there is just one"
-    )
-    num_labels: int | None = setting(
-        None, IMAGES, "number of classes, where labels are bare numbers in a stream", at_least=1
-    )
-    labels_per_class: int | None = setting(
-        None, IMAGES, "train on this many images of each class, drawn by the seed", at_least=1
-    )
     eval_dataset: str | None = setting(
         None, IMAGES, "evaluation set, where it is another data set; it needs no eval_split, unless it has several"
     )
@@ -91,17 +82,10 @@ class LabelledRecipe(Recipe):
     eval_fraction: float | None = setting(
         None,
         IMAGES,
-        "no such split: take this share of each class out of the training images, drawn by the seed",
+        "no such split: take this share of the training images, of each class where images have one, drawn by the seed",
         above=0,
         below=1,
     )
-    pooling: str = setting(
-        "mean",
-        MODEL,
-        "what stands for the image: mean of the patch tokens, or cls, the class token",
-        choices=("mean", "cls"),
-    )
-    paper_warmup: ClassVar[tuple[int, int]] = (5, 100)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,11 +97,6 @@ class LabelledRecipe(Recipe):
                 "Say what the evaluation set is: --eval_split NAME of the data set, another --eval_dataset, or "
                 "--eval_fraction SHARE to take it out of the training images."
             )
-        if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
-            raise ValueError(
-                "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
-                "an eval_split."
-            )
 
     @property
     def only_evaluates(self) -> bool:
@@ -126,28 +105,9 @@ class LabelledRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe(WholeModel, LabelledRecipe):
-    """Fine-tuning end to end (Table 9, with the original repository's values for ViT-B/16 on ImageNet-1k)."""
+class TransferRecipe(WholeModel, EvaluatedRecipe):
+    """What tasks share that train an encoder on under a new head."""
 
-    crop_scale: list[float] = again(Recipe, "crop_scale", [0.08, 1.0])
-    rand_augment: float = setting(
-        9.0, PIXELS, "magnitude of RandAugment out of 10; 0 leaves it out", at_least=0, at_most=10
-    )
-    rand_augment_std: float = setting(0.5, PIXELS, "standard deviation of that magnitude", at_least=0)
-    random_erasing: float = setting(
-        0.25, PIXELS, "probability that a rectangle is replaced by noise", at_least=0, at_most=1
-    )
-    mixup: float = setting(0.8, PIXELS, "alpha of mixup, 0 for none", at_least=0)
-    cutmix: float = setting(1.0, PIXELS, "alpha of cutmix, 0 for none", at_least=0)
-    mixup_switch: float = setting(0.5, PIXELS, "probability of cutmix where both are on", at_least=0, at_most=1)
-    label_smoothing: float = setting(
-        0.1, PIXELS, "share of the target that is spread over all classes", at_least=0, below=1
-    )
-
-    paper_batch: ClassVar[int] = 1024
-    epochs: int = again(Recipe, "epochs", 100)
-    base_lr: float = again(Recipe, "base_lr", 5e-4, "the paper's Table 9 has 1e-3")
-    min_lr: float = again(Recipe, "min_lr", 1e-6, "before layer-wise decay")
     adam_beta2: float = again(WholeModel, "adam_beta2", 0.999)
     layer_decay: float = setting(
         0.65,
@@ -180,7 +140,6 @@ class FinetuneRecipe(WholeModel, LabelledRecipe):
         "evaluate model_name_or_path on the evaluation set, and stop; that may be given as --dataset, then as well, "
         "and may lack some of the model's classes",
     )
-    output_dir: str = again(Recipe, "output_dir", "runs/finetune")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +149,62 @@ class FinetuneRecipe(WholeModel, LabelledRecipe):
     @property
     def only_evaluates(self) -> bool:
         return self.eval_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRecipe(EvaluatedRecipe, Cropped):
+    """What fine-tuning and probing share: an image has one label."""
+
+    label_column: str | None = setting(
+        None, IMAGES, "column that holds the label; found by itself if there is just one"
+    )
+    num_labels: int | None = setting(
+        None, IMAGES, "number of classes, where labels are bare numbers in a stream", at_least=1
+    )
+    labels_per_class: int | None = setting(
+        None, IMAGES, "train on this many images of each class, drawn by the seed", at_least=1
+    )
+    pooling: str = setting(
+        "mean",
+        MODEL,
+        "what stands for the image: mean of the patch tokens, or cls, the class token",
+        choices=("mean", "cls"),
+    )
+    paper_warmup: ClassVar[tuple[int, int]] = (5, 100)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
+            raise ValueError(
+                "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
+                "an eval_split."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(TransferRecipe, LabelledRecipe):
+    """Fine-tuning end to end (Table 9, with the original repository's values for ViT-B/16 on ImageNet-1k)."""
+
+    crop_scale: list[float] = again(Cropped, "crop_scale", [0.08, 1.0])
+    rand_augment: float = setting(
+        9.0, PIXELS, "magnitude of RandAugment out of 10; 0 leaves it out", at_least=0, at_most=10
+    )
+    rand_augment_std: float = setting(0.5, PIXELS, "standard deviation of that magnitude", at_least=0)
+    random_erasing: float = setting(
+        0.25, PIXELS, "probability that a rectangle is replaced by noise", at_least=0, at_most=1
+    )
+    mixup: float = setting(0.8, PIXELS, "alpha of mixup, 0 for none", at_least=0)
+    cutmix: float = setting(1.0, PIXELS, "alpha of cutmix, 0 for none", at_least=0)
+    mixup_switch: float = setting(0.5, PIXELS, "probability of cutmix where both are on", at_least=0, at_most=1)
+    label_smoothing: float = setting(
+        0.1, PIXELS, "share of the target that is spread over all classes", at_least=0, below=1
+    )
+
+    paper_batch: ClassVar[int] = 1024
+    epochs: int = again(Recipe, "epochs", 100)
+    base_lr: float = again(Recipe, "base_lr", 5e-4, "the paper's Table 9 has 1e-3")
+    min_lr: float = again(Recipe, "min_lr", 1e-6, "before layer-wise decay")
+    output_dir: str = again(Recipe, "output_dir", "runs/finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +223,7 @@ class ProbeRecipe(LabelledRecipe):
         PIXELS,
         "look at random crops, as in the paper; without, each feature is computed just once and used every epoch",
     )
-    crop_scale: list[float] = again(Recipe, "crop_scale", [0.08, 1.0])
+    crop_scale: list[float] = again(Cropped, "crop_scale", [0.08, 1.0])
     pooling: str = again(LabelledRecipe, "pooling", "cls", "an attentive probe sees all tokens")
     attention_heads: int = setting(8, MODEL, "heads of an attentive probe", at_least=1)
     knn_k: list[int] = setting(
@@ -267,3 +282,104 @@ class ProbeRecipe(LabelledRecipe):
         """The peak learning rates of all probes of a recipe that is `fitted`, by the linear scaling rule."""
         assert self.total_batch_size is not None
         return [base_lr * self.total_batch_size / 256 for base_lr in self.all_base_lrs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRecipe(TransferRecipe):
+    """What tasks share that predict something at every place of an image."""
+
+    labelled_images: int | None = setting(
+        None, IMAGES, "train on this many of the images, drawn by the seed", at_least=1
+    )
+    vertical_flip: bool = setting(
+        False, PIXELS, "turn half of the images upside down, as there is no up in pictures from above"
+    )
+    color_jitter: float = setting(
+        0.5, PIXELS, "strength of random brightness, contrast and colours, in half of the images", at_least=0, at_most=1
+    )
+    lr_schedule: str = setting(
+        "cosine",
+        OPTIMISATION,
+        "how the learning rate falls after the warm-up: half a cosine, linear, or in steps to a tenth, at 8/9 and 26/27",
+        choices=("cosine", "linear", "steps"),
+    )
+    paper_batch: ClassVar[int] = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming:
+            raise ValueError("Masks and boxes are not read as a stream: leave streaming out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRecipe(DenseRecipe):
+    """Semantic segmentation (Table 5: UperNet on ADE20K), with the settings that are published for ViT-B."""
+
+    mask_column: str | None = setting(
+        None, IMAGES, "column that holds the map of classes; found by itself if it is called like one"
+    )
+    class_list: str | None = setting(
+        None,
+        IMAGES,
+        "file with a class a line: its value or its colour (#ff0000, or 255 0 0), if it has one, and its name; else "
+        "classes.txt in the folder of the images, else the values that occur in the maps",
+    )
+    ignore_index: int = setting(255, IMAGES, "value of pixels whose class is unknown", at_least=0, at_most=65535)
+    reduce_labels: bool = setting(
+        False, IMAGES, "0 means unknown, and classes count from 1, as in ADE20K; they are numbered from 0 then"
+    )
+
+    image_size: list[int] | None = again(Recipe, "image_size", [512])
+    view: str = setting(
+        "whole",
+        PIXELS,
+        "whole: the image resized to the model's size, as pipelines do it; slide: the image as it is, or with "
+        "short_side, in windows of the model's size",
+        choices=("whole", "slide"),
+    )
+    short_side: int | None = setting(
+        None, PIXELS, "with view slide, resize images so that their shorter side has so many pixels", at_least=1
+    )
+    slide_stride: float = setting(
+        2 / 3,
+        PIXELS,
+        "with view slide, from one window to the next in evaluation, as a share of it",
+        above=0,
+        at_most=1,
+    )
+    scale: list[float] = setting(
+        [0.5, 2.0], PIXELS, "enlarge a training image by a factor between these two, before it is cropped", above=0
+    )
+    max_class_share: float = setting(
+        1.0, PIXELS, "draw a crop again, up to ten times, in which a class has more of the pixels", above=0, at_most=1
+    )
+
+    segmentation_head: str = setting(
+        "upernet", MODEL, "upernet, over four blocks, or linear, on the last one", choices=("upernet", "linear")
+    )
+    segmentation_channels: int | None = setting(None, MODEL, "of UperNet; the encoder's width if not given", at_least=1)
+    segmentation_norm: str = setting(
+        "batch",
+        MODEL,
+        "of UperNet: batch, as in the paper, over all GPUs; or layer, which needs no second image beside an image",
+        choices=("batch", "layer"),
+    )
+
+    epochs: int = again(Recipe, "epochs", 127, "160,000 steps on ADE20K")
+    base_lr: float = again(Recipe, "base_lr", 1.6e-3)
+    lr_schedule: str = again(DenseRecipe, "lr_schedule", "linear")
+    paper_warmup: ClassVar[tuple[int, int]] = (1500, 160_000)
+    output_dir: str = again(Recipe, "output_dir", "runs/segmentation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (len(self.scale) == 2 and self.scale[0] <= self.scale[1]):
+            raise ValueError(f"scale must be two factors, 0 < smallest <= largest, but is {self.scale}.")
+        if self.short_side is not None and self.view != "slide":
+            raise ValueError("short_side is of view slide: with view whole, image_size says how large an image is.")
+        per_process = min(self.per_device_batch_size, self.total_batch_size or self.per_device_batch_size)
+        if self.segmentation_norm == "batch" and self.segmentation_head == "upernet" and per_process < 2:
+            raise ValueError(
+                "A batch norm learns nothing from one image at a time: choose a per_device_batch_size and a "
+                "total_batch_size above 1, or --segmentation_norm layer."
+            )
