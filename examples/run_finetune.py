@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
-from typing import NoReturn
+from typing import Any
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
     early = Path(find_spec("mae_hf").origin).with_name("training") / "early.py"
@@ -23,24 +23,23 @@ if __name__ == "__main__":  # what is wrong with the command line is said before
 
 import torch
 from accelerate.utils import set_seed
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from mae_hf import MAEForImageClassification
+from mae_hf.modeling_mae import MAEClassifier
 from mae_hf.training.augment import Mixing, Normalize, eval_transform, finetune_transform, image_processor
 from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import as_json
 from mae_hf.training.labels import first_names
-from mae_hf.training.loop import Run, number_of_parameters
-from mae_hf.training.metrics import MOST_DRAWN, ClassificationMetrics, classification_metrics, save_confusion_picture
+from mae_hf.training.metrics import ClassificationMetrics, classification_metrics, save_confusion_picture
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
-from mae_hf.training.optim import freeze, layerwise_groups
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of
-from mae_hf.training.starting_weights import load_with_encoder, other_view
+from mae_hf.training.starting_weights import keeps_head, load_with_encoder, other_view, renew
 from mae_hf.training.tasks import FinetuneRecipe
+from mae_hf.training.transfer import TransferRun
 
 OF_RECIPE = ("image_size", "pooling", "drop_path_rate")  # what may differ from the checkpoint
 
@@ -61,22 +60,12 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
     else:
         before, config = recipe.checkpoint_config(OF_RECIPE), recipe.checkpoint_config(OF_RECIPE, **labels)
         model, new = load_with_encoder(MAEForImageClassification, recipe.model_name_or_path, config)
-        had_head = "classifier.weight" not in new
-        of_head = list(before.id2label.values())
-        if recipe.eval_only and not had_head:
-            if "LABEL_0" not in of_head:
-                refuse_other_labels(of_head, label_names)
-            raise ValueError(f"{recipe.model_name_or_path} has no head for {len(label_names)} classes to be evaluated.")
-        has_other_head = of_head not in (label_names, [f"LABEL_{number}" for number in range(len(label_names))])
-        is_new_head = not had_head or has_other_head
+        had_head, of_head = "classifier.weight" not in new, list(before.id2label.values())
+        is_new_head = not keeps_head(recipe.model_name_or_path, had_head, of_head, label_names, recipe.eval_only)
         if not is_new_head:
             refuse_other_features(recipe.model_name_or_path, new, recipe.eval_only)
-        if had_head and has_other_head:
-            if recipe.eval_only:
-                refuse_other_labels(of_head, label_names)
-            head = type(model.classifier)(config.hidden_size, config.num_labels)
-            model._init_weights(head)
-            model.classifier = head.to(model.dtype)
+        elif had_head:
+            renew(model, MAEClassifier)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
@@ -95,29 +84,12 @@ def under_numbers_of_checkpoint(recipe: FinetuneRecipe, eval_source: ImageSource
     return replace(eval_source, classes=eval_source.classes.renumbered(of_model))
 
 
-def refuse_other_labels(of_model: list[str], of_data: list[str]) -> NoReturn:
-    """A head that has learned other classes, or the same in another order, would be evaluated wrongly."""
-    order = "the same classes in another order" if sorted(of_model) == sorted(of_data) else "other classes"
-    raise ValueError(
-        f"The checkpoint is a classifier of {of_model}, and the images have {order}, {of_data}: sort or name the "
-        f"classes as the checkpoint has them, or train a new head by leaving eval_only out."
-    )
-
-
 def refuse_other_features(name: str, new: list[str], eval_only: bool) -> None:
     """A head says nothing about features that it has not learned from, least of all where nothing is trained."""
     if "fc_norm.weight" in new:
         raise ValueError(f"{name} classifies the class token, not the mean of the patches: give --pooling cls.")
     if eval_only and new:
         raise ValueError(f"{name} would be evaluated with {', '.join(new)} anew: leave out what changes them.")
-
-
-def sentence(metrics: ClassificationMetrics) -> str:
-    """The metrics for a person."""
-    return (
-        f"{metrics.accuracy}  balanced {metrics.balanced_accuracy:.2%}  "
-        f"loss {metrics.loss:.4f}  on {metrics.count:,} images"
-    )
 
 
 def train_view(recipe: FinetuneRecipe, image_shape: tuple[int, int]) -> v2.Transform:
@@ -139,12 +111,7 @@ def report(metrics: ClassificationMetrics, label_names: list[str], path: Path, s
     per_class = dict(zip(label_names, metrics.per_class, strict=True))
     results = {**metrics.summary(), "per_class": per_class, "count": metrics.count}
     (path / "results.json").write_text(as_json(results, indent=2) + "\n")
-    if len(label_names) > MOST_DRAWN:
-        say(f"There is no picture of the confusion matrix: it would show nothing of {len(label_names):,} classes.")
-    elif find_spec("matplotlib") and find_spec("sklearn"):
-        save_confusion_picture(metrics, label_names, path / "confusion.png")
-    else:
-        say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
+    save_confusion_picture(metrics.confusion, f"{metrics.top1:.1%} of {metrics.count:,} images", label_names, path, say)
 
 
 def refuse_odd(recipe: FinetuneRecipe, micro_batch_size: int) -> None:
@@ -160,7 +127,7 @@ def refuse_odd(recipe: FinetuneRecipe, micro_batch_size: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     # --- recipe, processes, images, model
     recipe = read_recipe(FinetuneRecipe, arguments, "quickstart_finetune")
-    run = Run(recipe)
+    run = TransferRun(recipe, "top1")
     accelerator, say = run.accelerator, run.say
     with run.main_process_first():
         source, eval_source = open_labelled(recipe)
@@ -178,76 +145,38 @@ def main(arguments: list[str] | None = None) -> None:
     processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
     eval_view = eval_transform(config.image_shape, recipe.center_crop)
     eval_images = EvalImages(eval_source, eval_view, config.num_channels, recipe.seed)
+
+    def measure(model: Any) -> ClassificationMetrics:
+        return classification_metrics(*run.predict(model, eval_images, normalize))
+
     if recipe.eval_only:
         if remark := other_view(recipe.model_name_or_path, processor):
             say(f"warning   {remark}")
-        metrics = classification_metrics(*run.predict(model.to(run.device), eval_images, normalize))
+        metrics = measure(model.to(run.device))
         with run.folder.exporting(accelerator) as path:
             if run.is_main:
                 report(metrics, label_names, path, say)
-        say(f"{eval_source.name}: {sentence(metrics)}")
+        say(f"{eval_source.name}: {metrics.sentence()}")
         return
 
-    # --- the optimizer
+    # --- the optimizer; resume if the folder has a checkpoint
     run.plan(source)
     refuse_odd(recipe, run.schedule.micro_batch_size)
-    if recipe.freeze is not None:
-        freeze(model, recipe.freeze)
-    groups = layerwise_groups(model, recipe.weight_decay, recipe.layer_decay)
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.effective_lr, betas=betas, fused=True)
-    if recipe.compile:
-        model.compile()
-    average = None
-    if recipe.ema_decay is not None:
-        average = AveragedModel(model, run.device, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        accelerator.register_for_checkpointing(average)
-    model, optimizer, bare_model = run.prepare(model, optimizer)
-    result = bare_model if average is None else average.module  # what is evaluated and saved
-
-    # --- what is about to happen; resume if the folder has a checkpoint
-    parameters, trained = number_of_parameters(bare_model), number_of_parameters(bare_model, trained=True)
-    lowest_lr = recipe.effective_lr * min(group["lr_scale"] for group in groups)
+    model = run.adapt(model, processor)
     about = {
         "images": source.summary,
         "eval set": eval_source.summary,
         "classes": first_names(label_names),
-        "model": f"{parameters:,} parameters, {trained:,} of them trained",
-        "weights": f"{recipe.model_name_or_path or 'new'}, with {'a new head' if is_new_head else 'its head'}",
+        **run.about_model(is_new_head),
     }
-    rates = f"effective {recipe.effective_lr:.3g} at the head, {lowest_lr:.3g} at the lowest trained layer"
-    run.announce(about, [f"base {recipe.base_lr:.3g}, {rates}"])
+    run.announce(about, run.learning_rates())
     run.begin(shareable_recipe(recipe, source.name, eval_source.name) if recipe.push_to_hub else None)
 
     # --- the loop
     mixing = Mixing(recipe.mixup, recipe.cutmix, recipe.mixup_switch, recipe.label_smoothing, len(label_names))
     view = train_view(recipe, config.image_shape)
-    images = LabelledImages(source, view, config.num_channels, recipe.seed, mixing)
-    evaluated = {record["step"]: record["eval_top1"] for record in run.folder.history() if "eval_top1" in record}
-    metrics, best_top1 = None, max(evaluated.values(), default=-1.0)
-
-    def save_model(path: Path) -> None:
-        """What others load; every process takes part, because a sharded model needs them all."""
-        state = accelerator.get_state_dict(result)
-        result.save_pretrained(path, state_dict=state, is_main_process=run.is_main)
-        if run.is_main:
-            processor.save_pretrained(path)
-
-    def evaluate(step: int) -> None:
-        """Log how good the model is after a step, and keep it if it is the best; every process calls this."""
-        nonlocal metrics, best_top1
-        metrics = classification_metrics(*run.predict(result, eval_images, normalize))
-        epoch, summary = step / run.schedule.steps_per_epoch, metrics.summary()
-        run.log({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in summary.items()}})
-        say(f"epoch {epoch:.2f}  {sentence(metrics)}")
-        if metrics.top1 > best_top1:
-            best_top1 = metrics.top1
-            with run.folder.exporting(accelerator, "best") as path:
-                save_model(path)
-
-    steps = run.steps(images)
-    if (done := run.first_step) and run.evaluation_is_due(done) and done not in evaluated:  # a signal broke it off
-        evaluate(done)
+    steps = run.steps(LabelledImages(source, view, config.num_channels, recipe.seed, mixing))
+    run.evaluate_if_due(run.first_step, measure)
     for step in steps:
         for round_index, batch in enumerate(run.batches(step)):
             pixel_values, labels, mix = (
@@ -256,27 +185,21 @@ def main(arguments: list[str] | None = None) -> None:
             torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))  # drop path draws
             pixel_values, targets = mixing(pixel_values, labels, mix)
             run.backward(model(pixel_values, labels=targets).loss)
-        if average is not None and run.is_finite:
-            average.update_parameters(bare_model)
         run.end_step(step)
-        if run.evaluation_is_due(step):
-            with run.uncounted():
-                evaluate(step)
+        run.evaluate_if_due(step, measure)
         run.save_if_due(step)
     run.end_steps()
 
     # --- the model, its processor, its metrics and its card
-    if metrics is None:  # a finished run that was started again
-        metrics = classification_metrics(*run.predict(result, eval_images, normalize))
+    metrics = run.metrics or measure(run.result)  # a finished run that was started again has none
     with run.folder.exporting(accelerator) as path:
-        save_model(path)
+        run.save_model(path)
         if run.is_main:
             report(metrics, label_names, path, say)
             of_data = (source.name, eval_source.name, run.folder.history())
-            write_classifier_card(path, recipe, *of_data, parameters, metrics, label_names)
+            write_classifier_card(path, recipe, *of_data, run.parameters, metrics, label_names)
     run.end(f"Fine-tuned for {run.total_steps} steps")
-    say(f"The model is in {run.folder.path}, its metrics and how to use it in {run.folder.path / 'README.md'}.")
-    say(f"The best of its evaluations, {best_top1:.2%}, is in {run.folder.path / 'best'}.")
+    run.say_where()
 
 
 if __name__ == "__main__":

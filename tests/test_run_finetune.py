@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEConfig, MAEForImageClassification
+from mae_hf.training import transfer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -137,12 +138,12 @@ def test_ema__is_the_slow_average_of_the_weights(
 ) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    class Watched(run_finetune.AveragedModel):
+    class Watched(transfer.AveragedModel):
         def update_parameters(self, model: torch.nn.Module) -> None:
             seen.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
             super().update_parameters(model)
 
-    monkeypatch.setattr(run_finetune, "AveragedModel", Watched)
+    monkeypatch.setattr(transfer, "AveragedModel", Watched)
     finetune(pets, checkpoint, tmp_path / "run", "--ema_decay", "0.8", "--epochs", "2")
     assert len(seen) == 9
     saved = weights(tmp_path / "run")
@@ -229,7 +230,7 @@ def test_other_labels__are_refused(pets: Path, checkpoint: Path, tmp_path: Path)
         (renamed / new).mkdir(parents=True)
         for path in (pets / old).iterdir():
             (renamed / new / path.name).symlink_to(path)
-    with pytest.raises(ValueError, match=r"is a classifier of \['cat', 'dog', 'eel'\], and the images have other"):
+    with pytest.raises(ValueError, match=r"knows the classes \['cat', 'dog', 'eel'\], and the images have other"):
         finetune(renamed, tmp_path / "run", tmp_path / "other", "--eval_only", "true")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["id2label"] = {"0": "eel", "1": "dog", "2": "cat"}

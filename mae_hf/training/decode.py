@@ -94,10 +94,14 @@ def open_image(
             mode = PIL_MODES[num_channels]
             return image if image.mode == mode else image.convert(mode)  # which would copy it all the same
     except Exception as error:  # mutated files make PIL raise a dozen other errors than its own
-        reason = printable(str(error) or type(error).__name__)
-        if isinstance(error, UnidentifiedImageError):  # its text names an object by its address
-            reason = "its bytes begin like no format of images." if content else "it is empty."
+        reason = _reason(error, content)
         raise BadImageError(f"{printable(record['path'] or name)} cannot be read as an image: {reason}") from error
+
+
+def _reason(error: Exception, content: bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text names an object by its address
+        return "its bytes begin like no format of images." if content else "it is empty."
+    return printable(str(error) or type(error).__name__)
 
 
 @cache
@@ -198,3 +202,34 @@ def _high_byte(image: Image.Image) -> Image.Image:
     high = np.empty(values.shape, dtype=np.uint8)
     np.right_shift(values, 8, out=high, casting="unsafe")  # in pieces, without a copy in a wider type
     return Image.fromarray(high)
+
+
+def decode_map(record: dict[str, Any] | None, name: str = "a map without a path") -> np.ndarray:
+    """An encoded map of classes: {"bytes", "path"} -> its values (H, W), or, if it is in colours, (H, W, 3) uint8.
+
+    Of a picture with a palette, the values are the places in the palette. Grey pictures that are stored as colours are
+    grey. Transparency is dropped.
+
+    Raises:
+        BadImageError: the map is missing, cannot be read, or is too large.
+    """
+    record, content = record or {"bytes": None, "path": None}, b""
+    try:
+        content = _content(record)
+        with Image.open(io.BytesIO(content), formats=_formats()) as file:
+            _refuse_what_it_says(file, content)
+            if file.format in ("JPEG", "MPO"):
+                raise ValueError("a JPEG changes the values of pixels: save maps as PNG.")
+            file.load()
+            if file.mode in ("1", "L", "P") or file.mode.startswith("I"):
+                return np.asarray(file)
+            if file.mode in ("LA", "La", "PA"):
+                return np.asarray(file.getchannel(0))
+            if file.mode not in ("RGB", "RGBA"):
+                raise ValueError(f"its pixels are of mode {file.mode}, neither numbers nor colours.")
+            colours = np.asarray(file)[..., :3]
+            is_grey = (colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all()
+            return colours[..., 0] if is_grey else colours
+    except Exception as error:  # see open_image
+        reason = _reason(error, content)
+        raise BadImageError(f"{printable(record['path'] or name)} cannot be read as a map: {reason}") from error

@@ -1,6 +1,7 @@
 """The evaluation loop: every image of a source counted once, over all processes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -17,12 +18,18 @@ from .workers import Loader
 
 
 def evaluation_batches(
-    images: Samples, batch_size: int, process_index: int, num_processes: int, num_workers: int
+    images: Samples,
+    batch_size: int,
+    process_index: int,
+    num_processes: int,
+    num_workers: int,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Loader:
     """Every image of the source once, dealt out over the processes.
 
     Every process gets the same number of full batches, because they may have to compute in step. What fills up the last
-    ones has the label `PADDING` and is to be left out of any count.
+    ones has the label `PADDING` and is to be left out of any count. `collate` makes a batch of samples, `list` for
+    instance where they are of several sizes.
     """
 
     class InOrder(torch.utils.data.Sampler[list[SampleKey]]):
@@ -36,7 +43,7 @@ def evaluation_batches(
                 round_of_all += [filler] * (batch_size * num_processes - len(round_of_all))
                 yield round_of_all[process_index * batch_size :][:batch_size]
 
-    return Loader(images, InOrder(), num_workers)
+    return Loader(images, InOrder(), num_workers, collate)
 
 
 @torch.no_grad()
@@ -72,18 +79,32 @@ def apply_to_images(
         real = label != PADDING
         results.append(result[real])
         labels.append(label[real])
-    problems = sorted(gather_object(problems))
-    of = sum(map(len, labels)) + len(problems)
-    if problems:
-        first = "; ".join(problems[:FIRST_NAMED])
-        sentence = f"{len(problems)} of {of:,} images to evaluate on cannot be used: {first}"
-        if len(problems) > most_skipped(max_skipped_images, of):
-            raise ValueError(
-                f"{sentence}\nThat is more than the share of {max_skipped_images:g} that max_skipped_images allows: "
-                f"mend or remove them, or allow more."
-            )
-        PartialState().print(f"left out  {sentence}")
+    say_left_out(gather_object(problems), sum(map(len, labels)), max_skipped_images)
     return torch.cat(results), torch.cat(labels)
+
+
+def say_left_out(problems: list[str], used: int, max_skipped_images: float) -> None:
+    """Say which images of the evaluation set were left out.
+
+    Args:
+        problems: a sentence for each of them, of all processes.
+        used: how many others there are.
+        max_skipped_images: share of the images that may be left out, but at least one, unless it is 0.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if not problems:
+        return
+    of = used + len(problems)
+    first = "; ".join(sorted(problems)[:FIRST_NAMED])
+    sentence = f"{len(problems)} of {of:,} images to evaluate on cannot be used: {first}"
+    if len(problems) > most_skipped(max_skipped_images, of):
+        raise ValueError(
+            f"{sentence}\nThat is more than the share of {max_skipped_images:g} that max_skipped_images allows: "
+            f"mend or remove them, or allow more."
+        )
+    PartialState().print(f"left out  {sentence}")
 
 
 def _on_the_host(outcomes: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -115,9 +136,14 @@ def predict(
     max_skipped_images: float,
 ) -> tuple[Tensor, Tensor]:
     """Logits (M, K) float32 and labels (M,) of all images of `evaluation_batches`; see `apply_to_images`."""
+    with evaluating(model), accelerator.autocast():
+        return apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches, max_skipped_images)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()
-    with accelerator.autocast():
-        logits, labels = apply_to_images(lambda pixels: model(normalize(pixels)).logits, batches, max_skipped_images)
+    yield
     model.train(was_training)
-    return logits, labels

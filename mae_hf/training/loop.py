@@ -314,10 +314,13 @@ class Run:
 
     def predict(self, model: nn.Module, images: EvalImages, normalize: Normalize) -> tuple[Tensor, Tensor]:
         """See `evaluate.predict`; a signal ends it early."""
+        return predict(model, self.evaluation(images), normalize, self.accelerator, self.recipe.max_skipped_images)
+
+    def evaluation(self, images: Samples, collate: Callable[[list[Any]], Any] | None = None) -> Any:
+        """The batches of this process, see `evaluate.evaluation_batches`; a signal ends them early."""
         recipe, accelerator = self.recipe, self.accelerator
         division = (accelerator.process_index, accelerator.num_processes, recipe.num_workers)
-        loader = self.stop.heeded(evaluation_batches(images, recipe.per_device_batch_size, *division))
-        return predict(model, loader, normalize, accelerator, recipe.max_skipped_images)
+        return self.stop.heeded(evaluation_batches(images, recipe.per_device_batch_size, *division, collate))
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

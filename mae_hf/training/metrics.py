@@ -1,6 +1,8 @@
 """How good a classifier is: its measures, from logits and labels; and the confusion matrix as a picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -54,6 +56,10 @@ class ClassificationMetrics:
         cells = torch.bincount(self.labels * classes + self.predicted, minlength=classes**2)
         return cells.view(classes, classes)
 
+    def sentence(self) -> str:
+        """The numbers for a person."""
+        return f"{self.accuracy}  balanced {self.balanced_accuracy:.2%}  loss {self.loss:.4f}  on {self.count:,} images"
+
     def summary(self) -> dict[str, float]:
         """The numbers that are followed during a training."""
         return {name: getattr(self, name) for name in ("loss", "top1", "top5", "balanced_accuracy")}
@@ -87,16 +93,31 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetr
     )
 
 
-def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str], path: Path | str) -> None:
-    """Write the confusion matrix as a picture, each row as shares of its class; needs matplotlib and scikit-learn.
+def save_confusion_picture(
+    confusion: Tensor, title: str, label_names: list[str], folder: Path, say: Callable[[str], None]
+) -> None:
+    """Write a confusion matrix as confusion.png, each row as shares of its class, or say why there is none.
 
-    For more than `MOST_DRAWN` classes it would take long, and show nothing.
+    For more than `MOST_DRAWN` classes it would take long, and show nothing. It needs matplotlib and scikit-learn.
+
+    Args:
+        confusion: (K, K), what is of a class in its row, what it was taken for in the columns.
+        title: of the picture.
+        label_names: of the classes.
+        folder: for the picture.
+        say: prints a line.
     """
+    if len(label_names) > MOST_DRAWN:
+        say(f"There is no picture of the confusion matrix: it would show nothing of {len(label_names):,} classes.")
+        return
+    if not (find_spec("matplotlib") and find_spec("sklearn")):
+        say("There is no picture of the confusion matrix: pip install matplotlib scikit-learn.")
+        return
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
     label_names = [printable(name).replace("$", r"\$") for name in label_names]  # between two it would be a formula
-    shares = metrics.confusion / metrics.confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     is_readable = len(label_names) <= 20
     side = min(3 + 0.5 * len(label_names), 14)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -105,5 +126,5 @@ def save_confusion_picture(metrics: ClassificationMetrics, label_names: list[str
     display.plot(
         ax=axes, include_values=is_readable, values_format=".0%", cmap="Blues", xticks_rotation=90, colorbar=False
     )
-    axes.set_title(f"{metrics.top1:.1%} of {metrics.count:,} images")
-    figure.savefig(path, dpi=120)
+    axes.set_title(title)
+    figure.savefig(folder / "confusion.png", dpi=120)

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from .command_line import as_yaml
 from .decode import PIL_MODES, printable
 from .metrics import ClassificationMetrics
 from .recipe import Recipe
+from .segmentation import SegmentationMetrics
 from .starting_weights import IMAGENET_MEAN
-from .tasks import FinetuneRecipe, PretrainRecipe
+from .tasks import FinetuneRecipe, PretrainRecipe, SegmentationRecipe, TransferRecipe
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10
@@ -44,6 +46,7 @@ def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = N
         hidden.append("eval_dataset")
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
+    hidden += [name for name in vars(recipe) if name == "class_list"]
     return as_yaml(recipe, without=hidden)
 
 
@@ -140,67 +143,135 @@ def write_classifier_card(
         metrics: of the model in the folder, on the evaluation set.
         label_names: of the classes.
     """
+    shares = zip(metrics.per_class, label_names, strict=True)
+    values = [
+        ("accuracy", "top-1 accuracy", metrics.top1),
+        *([("top_5_accuracy", "top-5 accuracy", metrics.top5)] if metrics.says_top5 else []),
+        ("balanced_accuracy", "balanced accuracy", metrics.balanced_accuracy),
+    ]
+    _write_evaluated_card(
+        folder,
+        recipe,
+        source_name,
+        eval_name,
+        history,
+        num_parameters,
+        ("image-classification", "finetune.md", values),
+        num_labels=len(label_names),
+        count=f"{metrics.count:,}",
+        metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
+        says_top5=metrics.says_top5,
+        per_class=_best_and_worst(shares),
+        has_picture=(Path(folder) / "confusion.png").exists(),
+    )
+
+
+def write_segmenter_card(
+    folder: Path | str,
+    recipe: SegmentationRecipe,
+    source_name: str,
+    eval_name: str,
+    history: list[dict[str, Any]],
+    num_parameters: int,
+    metrics: SegmentationMetrics,
+    label_names: list[str],
+) -> None:
+    """Fill in the template segmentation.md, see `write_classifier_card`."""
+    values = [
+        ("mean_iou", "mean IoU", metrics.miou),
+        ("mean_accuracy", "mean accuracy", metrics.mean_accuracy),
+        ("pixel_accuracy", "pixel accuracy", metrics.pixel_accuracy),
+    ]
+    apart = metrics.foreground_background
+    _write_evaluated_card(
+        folder,
+        recipe,
+        source_name,
+        eval_name,
+        history,
+        num_parameters,
+        ("image-segmentation", "segmentation.md", values),
+        num_labels=len(label_names),
+        count=f"{metrics.count:,}",
+        metrics={name: f"{value:.4f}" for _, name, value in values},
+        apart=None if apart is None else [f"{iou:.4f}" for iou in apart],
+        per_class=_best_and_worst(zip(metrics.per_class, label_names, strict=True)),
+        absent=[_cell(label_names[number]) for number in metrics.absent],
+        view=recipe.view,
+        has_picture=(Path(folder) / "confusion.png").exists(),
+    )
+
+
+def _write_evaluated_card(
+    folder: Path | str,
+    recipe: TransferRecipe,
+    source_name: str,
+    eval_name: str,
+    history: list[dict[str, Any]],
+    num_parameters: int,
+    task: tuple[str, str, list[tuple[str, str, float]]],
+    **of_task: Any,
+) -> None:
+    """The card of a model that has an evaluation set.
+
+    Args:
+        folder, recipe, source_name, eval_name, history, num_parameters: see `write_classifier_card`.
+        task: its name on the Hub, the template, and type, name and value of each measure.
+        **of_task: what else the template asks for.
+    """
+    pipeline_tag, template, values = task
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
     name = recipe.hub_model_id or Path(folder).resolve().name
     split = recipe.eval_split
     if recipe.eval_fraction is not None:
         split = f"{recipe.eval_fraction:.0%} of {recipe.split}, held out"
-    is_on_hub = eval_name == (recipe.eval_dataset or recipe.dataset)
     results = [
         EvalResult(
-            task_type="image-classification",
-            dataset_type=eval_name if is_on_hub else "local",
+            task_type=pipeline_tag,
+            dataset_type=eval_name if eval_name == (recipe.eval_dataset or recipe.dataset) else "local",
             dataset_name=eval_name,
             dataset_split=split,
             metric_type=metric_type,
             metric_name=metric_name,
             metric_value=value,
         )
-        for metric_type, metric_name, value in (
-            ("accuracy", "top-1 accuracy", metrics.top1),
-            ("top_5_accuracy", "top-5 accuracy", metrics.top5),
-            ("balanced_accuracy", "balanced accuracy", metrics.balanced_accuracy),
-        )
-        if metric_type != "top_5_accuracy" or metrics.says_top5
+        for metric_type, metric_name, value in values
     ]
     data = ModelCardData(
         license=recipe.license,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=pipeline_tag,
         tags=["mae", "masked-autoencoder", "vision", "mae_hf"],
         datasets=[dataset] if dataset else None,
         base_model=base_model,
         model_name=name,
         eval_results=results,
     )
-    image_mode = PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)]
-    # The best classes and the worst; a table of a thousand rows would help nobody.
-    shares = zip(metrics.per_class, label_names, strict=True)
-    ranked = sorted(((share, label) for share, label in shares if share is not None), key=lambda row: -row[0])
-    shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
     card = ModelCard.from_template(
         data,
-        template_path=str(TEMPLATES / "finetune.md"),
+        template_path=str(TEMPLATES / template),
         name=name,
         loadable=loadable_name(recipe),
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
         start="a masked autoencoder" if recipe.model_name_or_path else None,
-        image_mode=image_mode,
+        image_mode=PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)],
         recipe=shareable_recipe(recipe, source_name, eval_name),
         epochs=_epochs(recipe, history),
         num_parameters=f"{num_parameters:,}",
-        num_labels=len(label_names),
         evaluation_set=split if recipe.eval_dataset is None else ", ".join(filter(None, (eval_name, split))),
-        count=f"{metrics.count:,}",
-        metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
-        says_top5=metrics.says_top5,
-        per_class=[(_cell(label), f"{share:.1%}") for share, label in shown],
         doubts=doubts_of_end(history),
-        has_picture=(Path(folder) / "confusion.png").exists(),
         curve=loss_table(history),
+        **of_task,
     )
     card.save(Path(folder) / "README.md")
+
+
+def _best_and_worst(shares: Iterable[tuple[float | None, str]]) -> list[tuple[str, str]]:
+    """The best classes and the worst, for a table; one of a thousand rows would help nobody."""
+    ranked = sorted(((share, label) for share, label in shares if share is not None), key=lambda row: -row[0])
+    shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
+    return [(_cell(label), f"{share:.1%}") for share, label in shown]
 
 
 def _cell(text: str) -> str:

@@ -1,7 +1,7 @@
 """From a key to a sample, decoded and augmented, and from samples to the batches of training."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -223,6 +223,7 @@ def batches(
     process_index: int,
     num_workers: int,
     shuffle_buffer: int,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Loader:
     """The micro-batches of one process from `first_step` to the end of the run, `rounds` of them a step.
 
@@ -236,6 +237,7 @@ def batches(
         process_index: of this process among `schedule.num_processes`.
         num_workers: processes that decode; 0 decodes here.
         shuffle_buffer: out of how many images a stream draws the next one.
+        collate: makes a batch of samples; else each of their fields is stacked.
     """
 
     class OwnKeys(torch.utils.data.Sampler[list[SampleKey]]):
@@ -249,7 +251,7 @@ def batches(
         def __len__(self) -> int:
             return (schedule.total_steps - first_step) * schedule.rounds
 
-    return Loader(images, OwnKeys(), num_workers)
+    return Loader(images, OwnKeys(), num_workers, collate)
 
 
 def names_of_step(images: Samples, schedule: Schedule, step: int, shuffle_buffer: int) -> list[str]:

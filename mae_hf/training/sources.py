@@ -1,7 +1,7 @@
 """From a name to encoded images, with labels if they are wanted; and how labelled images are divided."""
 
-import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 import yaml
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import DatasetCard
-from PIL import Image
 from torch import Tensor
 
 from ..configuration_mae import nearest
@@ -23,10 +22,18 @@ from .folders import Found, choose_split, is_pattern, names_hash, open_files, op
 from .labels import Classes, find_classes
 from .overlap import shared_images
 from .paths import absence, is_absent_path
+from .scenes import SPLITS_OF_SCENES, as_png, digit_scenes, load_digits
 from .tasks import EvaluatedRecipe, LabelledRecipe
 
 # A missing file and an unreachable Hub are among them.
 ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)
+
+
+# Columns and folders of maps of classes: masks, label, annotations, semantic_segmentation, ground_truth, ...
+NAME_OF_MASKS = re.compile(
+    r"(.*[_\W])?(masks?|labels?|labelmaps?|annotations?|annos?|segmentations?|semantic|gt|ground_?truths?|targets?)"
+    r"([_\W](maps?|masks?|images?|pngs?))?"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ def open_source(
     Args:
         dataset: a folder of images, flat or with sub-folders, or with one sub-folder a split; a parquet, arrow or
             webdataset tar file, a pattern of several (`"shards/{000..003}.tar"`), or a folder of them; a folder written
-            by `save_to_disk`; `"digits"`, the images inside scikit-learn; else the name of a data set on the Hub.
+            by `save_to_disk`; `"digits"`, the images inside scikit-learn, and `"digit_scenes"`, several of them in an
+            image; else the name of a data set on the Hub.
         split: the split to read, see `choose_split`; where there are none, everything is "train".
         image_column: the column of images, where it is not the only one.
         streaming: read one image after the other, without a copy or an index on this disk.
@@ -101,39 +109,65 @@ def open_source(
     Raises:
         ValueError: nothing of that name, no such split, no images in it, no single column of images or of labels.
     """
+    found = open_rows(dataset, split, whole, streaming, labelled, config)
+    names = {find_image_column(found.data.features, dataset, image_column): "image"}
+    classes = None
+    if labelled:
+        label_column = _label_column(found.data.features, dataset, label_column)
+        classes = find_classes(found.data, label_column, dataset, num_labels)
+        names[label_column] = "label"
+    return source_of_rows(found, dataset, split, names, classes)
+
+
+def open_rows(
+    dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None
+) -> Found:
+    """The data set of `datasets`, with all of its columns; see `open_source`."""
     try:
-        found = find_rows(dataset, split, whole, streaming, labelled, config)
+        return _find(dataset, split, whole, streaming, labelled, config)
     except ERRORS_OF_DATASETS as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         named = f" (split {split!r})" if split else ""
         raise ValueError(f"The images of {dataset!r}{named} cannot be opened: {reason}") from error
-    loaded = found.data
-    column = _image_column(loaded.features, dataset, image_column)
-    names = {column: "image"}
-    classes = None
-    if labelled:
-        label_column = _label_column(loaded.features, dataset, label_column)
-        classes = find_classes(loaded, label_column, dataset, num_labels)
-        names[label_column] = "label"
-    try:
-        images = loaded.select_columns(list(names)).cast_column(column, datasets.Image(decode=False))
-        images = images.rename_columns({old: new for old, new in names.items() if old != new})
-        length = found.length if isinstance(images, datasets.IterableDataset) else len(images)
-        is_empty = length == 0 or next(iter(images), None) is None
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"The column {column!r} of {dataset!r} holds no images: {error}") from error
-    if is_empty:
+
+
+def source_of_rows(
+    found: Found, dataset: str, split: str | None, names: dict[str, str], classes: Classes | None = None
+) -> ImageSource:
+    """The columns that a task needs, under the names that it knows them by; images are not decoded.
+
+    Args:
+        found: the data set.
+        dataset, split: what it is called.
+        names: of each column; those that become "image" and "mask" hold images.
+        classes: what a column of labels means.
+
+    Raises:
+        ValueError: such a column holds no images, or there are none.
+    """
+    images = found.data.select_columns(list(names))
+    for column in (old for old, new in names.items() if new in ("image", "mask")):
+        try:
+            images = images.cast_column(column, datasets.Image(decode=False))
+            next(iter(images.select_columns(column)), None)  # a stream is cast as it is read
+        except (pa.ArrowException, TypeError) as error:
+            raise ValueError(f"The column {column!r} of {dataset!r} holds no images: {error}") from error
+    images = images.rename_columns({old: new for old, new in names.items() if old != new})
+    length = found.length if isinstance(images, datasets.IterableDataset) else len(images)
+    if length == 0 or next(iter(images), None) is None:
         raise ValueError(f"{dataset!r} (split {split!r}) holds no images.")
     fingerprint = {"images": length or None, "names": found.names}
     about = (found.read_from, found.splits, tuple(found.remarks))
     return ImageSource(found.name, images, length or None, classes, fingerprint, *about)
 
 
-def find_rows(
-    dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None
-) -> Found:
-    """The data set of `datasets`, with all of its columns; see `open_source`."""
+def _find(dataset: str, split: str | None, whole: bool, streaming: bool, labelled: bool, config: str | None) -> Found:
     path = Path(dataset).expanduser()
+    if dataset == "digit_scenes" and not path.exists():
+        chosen = choose_split(split, SPLITS_OF_SCENES, whole) or ""
+        scenes, name = digit_scenes(chosen), f"scenes of the handwritten digits of scikit-learn ({chosen})"
+        data = scenes.to_iterable_dataset() if streaming else scenes
+        return Found(name, data, names_hash([dataset, chosen]), (name,), len(scenes), SPLITS_OF_SCENES)
     if dataset == "digits" and not path.exists():
         choose_split(split, [], whole)
         digits = _digits()
@@ -202,40 +236,41 @@ def _from_hub(dataset: str, config: str | None, split: str | None, whole: bool, 
 
 def _digits() -> datasets.Dataset:
     """The 1,797 grey 8x8 images that are part of scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError("the digits are inside scikit-learn: pip install scikit-learn.") from error
-    digits = load_digits()
-    images = [_png((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
+    pixels, labels = load_digits()
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(number) for number in range(10)])}
     )
-    columns = {"image": [{"bytes": png, "path": None} for png in images], "label": digits.target.tolist()}
+    columns = {"image": [as_png(digit) for digit in pixels], "label": labels.tolist()}
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _image_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
+def find_image_column(features: datasets.Features | None, dataset: str, wanted: str | None) -> str:
+    """The one column that holds images, or the one that is wanted."""
     columns = list(features or [])
     if wanted is not None:
         if features is not None and wanted not in columns:
             raise ValueError(f"{dataset!r} has no column {wanted!r}. {nearest(wanted, columns)}")
         return wanted
-    found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
-    # Tables that were not written by `datasets` don't say that such a structure is an image.
-    found = found or [name for name, feature in (features or {}).items() if _is_structure_of_image(feature)]
+    found = image_columns(features)
+    found = [name for name in found if not is_called_like_a_mask(name)] or found
     if len(found) != 1:
         raise ValueError(
             f"{dataset!r} has {len(found)} columns of images among its columns ({', '.join(columns)}): say which one "
             f"to use with --image_column."
         )
     return found[0]
+
+
+def is_called_like_a_mask(column: str) -> bool:
+    """Whether a column has the name of one that holds maps of classes."""
+    return bool(NAME_OF_MASKS.fullmatch(column.lower()))
+
+
+def image_columns(features: datasets.Features | None) -> list[str]:
+    """The names of the columns that hold images."""
+    found = [name for name, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+    # Tables that were not written by `datasets` don't say that such a structure is an image.
+    return found or [name for name, feature in (features or {}).items() if _is_structure_of_image(feature)]
 
 
 def _is_structure_of_image(feature: Any) -> bool:

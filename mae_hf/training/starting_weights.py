@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoImageProcessor
 
 from ..configuration_mae import MAEConfig
@@ -15,8 +16,8 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 # Of an image processor: which part of an image it shows, and how large.
 VIEW = ("size", "do_center_crop", "crop_size")
 
-# What may differ in shape: the head of other classes.
-MAY_CHANGE_SHAPE = ("classifier.",)
+# What may differ in shape: the head of other classes, or a head of another size.
+MAY_CHANGE_SHAPE = ("classifier.", "decode_head.", "auxiliary_head.")
 
 
 def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[Any, list[str]]:
@@ -53,6 +54,46 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
             )
         raise ValueError(f"The weights of {name} are not those of its configuration: {'; '.join(said)}. {advice}")
     return model, sorted(loaded["missing_keys"] | mismatched)
+
+
+def keeps_head(
+    name: str, had_head: bool, of_checkpoint: Sequence[str], label_names: Sequence[str], eval_only: bool
+) -> bool:
+    """Whether the head of a checkpoint is one for these classes: the same in the same order, or as many without names.
+
+    Args:
+        name: of the checkpoint.
+        had_head: whether it has a head that fits by its shape.
+        of_checkpoint: the classes of its configuration; without names they are LABEL_0 and so on.
+        label_names: of the images.
+        eval_only: nothing is trained, so that a new head would be worth nothing.
+
+    Raises:
+        ValueError: with `eval_only`, there is no such head.
+    """
+    numbered = [f"LABEL_{number}" for number in range(len(label_names))]
+    if had_head and list(of_checkpoint) in (list(label_names), numbered):
+        return True
+    if not eval_only:
+        return False
+    if "LABEL_0" in of_checkpoint:
+        raise ValueError(f"{name} has no head for {len(label_names)} classes to be evaluated.")
+    # A head that has learned other classes, or the same in another order, would be evaluated wrongly.
+    is_sorted = sorted(of_checkpoint) == sorted(label_names)
+    raise ValueError(
+        f"The checkpoint knows the classes {list(of_checkpoint)}, and the images have "
+        f"{'the same classes in another order' if is_sorted else 'other classes'}, {list(label_names)}: sort or name "
+        f"the classes as the checkpoint has them, or train a new head by leaving eval_only out."
+    )
+
+
+def renew(model: Any, kind: type[nn.Module]) -> None:
+    """New weights for the layers of a kind, by the model's own initialisation: a head that knew other classes."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            for weight in module.parameters():
+                weight._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark of what was loaded
+            model._init_weights(module)
 
 
 def other_view(name: str, processor: Any) -> str:

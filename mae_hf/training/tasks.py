@@ -300,7 +300,7 @@ class DenseRecipe(TransferRecipe):
     lr_schedule: str = setting(
         "cosine",
         OPTIMISATION,
-        "how the learning rate falls after the warm-up: half a cosine, linear, or in steps to a tenth, at 8/9 and 26/27",
+        "how the learning rate falls after warm-up: half a cosine, linear, or in steps to a tenth, at 8/9 and 26/27",
         choices=("cosine", "linear", "steps"),
     )
     paper_batch: ClassVar[int] = 16

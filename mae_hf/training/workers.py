@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
@@ -34,13 +34,21 @@ class Loader(DataLoader[dict[str, Any]]):
         images: the samples.
         order: the keys of each batch.
         num_workers: processes that load images; 0 loads them here.
+        collate: makes a batch of samples; else each of their fields is stacked.
     """
 
-    def __init__(self, images: Dataset[dict[str, Any]], order: Sampler[list[Any]], num_workers: int) -> None:
+    def __init__(
+        self,
+        images: Dataset[dict[str, Any]],
+        order: Sampler[list[Any]],
+        num_workers: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
         super().__init__(
             images,
             batch_sampler=order,
             num_workers=num_workers,
+            collate_fn=collate,
             multiprocessing_context=_context() if num_workers else None,
             worker_init_fn=_end_with_the_run if num_workers else None,
             pin_memory=torch.cuda.is_available(),

@@ -71,14 +71,14 @@ def test_apply_to_images__reads_a_batch_only_when_the_next_one_is_under_way() ->
 def test_confusion_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="it draws the picture")
     found = classification_metrics(torch.eye(3)[[0, 1, 0]], torch.tensor([0, 1, 1]))
-    save_confusion_picture(found, ["cat", "dog", "eel"], tmp_path / "confusion.png")
+    save_confusion_picture(found.confusion, "3 images", ["cat", "dog", "eel"], tmp_path, print)
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
 
 def test_confusion_picture__names_of_anybodys(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="it draws the picture")
     found = classification_metrics(torch.eye(2), torch.tensor([0, 1]))
-    save_confusion_picture(found, ["$HOME and $x^", "two\nlines"], tmp_path / "confusion.png")
+    save_confusion_picture(found.confusion, "2 images", ["$HOME and $x^", "two\nlines"], tmp_path, print)
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
 
