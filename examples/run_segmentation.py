@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from mae_hf import MAEForSemanticSegmentation
+from mae_hf import MAEConfig, MAEForSemanticSegmentation
 from mae_hf.modeling_segmentation import PixelClassifier
 from mae_hf.training.augment import Normalize
 from mae_hf.training.command_line import read_recipe
@@ -87,6 +87,16 @@ def build_model(recipe: SegmentationRecipe, classes: MapClasses) -> tuple[MAEFor
     return model, is_new_head
 
 
+def refuse_single(config: MAEConfig, micro_batch_size: int) -> None:
+    """Batch norms learn the statistics of a batch."""
+    has_batch_norms = config.segmentation_head == "upernet" and config.segmentation_norm == "batch"
+    if has_batch_norms and micro_batch_size < 2:
+        raise ValueError(
+            "A batch norm learns nothing from one image at a time: choose a per_device_batch_size and a "
+            "total_batch_size above 1 a process, or --segmentation_norm layer."
+        )
+
+
 def report(metrics: SegmentationMetrics, classes: MapClasses, path: Path, say: Callable[[str], None]) -> None:
     """Write results.json, and as pictures the predictions and, where matplotlib is there, the confusion matrix."""
     per_class = dict(zip(classes.names, metrics.per_class, strict=True))
@@ -143,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- the optimizer; resume if the folder has a checkpoint
     run.plan(source)
+    refuse_single(config, run.schedule.micro_batch_size)
     if accelerator.num_processes > 1 and run.device.type == "cuda":  # on CPUs each process has statistics of its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = run.adapt(model, processor)

@@ -75,9 +75,9 @@ class MAEForSemanticSegmentation(MAEDenseModel):
             output_hidden_states, output_attentions: of the encoder, see `MAEModel`.
 
         Returns:
-            loss () if labels were given: the mean cross-entropy of the pixels that have a class, 0 if none has, and
-            `auxiliary_loss_weight` times that of the auxiliary head; logits (B, K, H, W); hidden_states and attentions
-            if asked for.
+            loss () if labels were given: the mean over the images of the mean cross-entropy of their pixels that have a
+            class, 0 if none has, and `auxiliary_loss_weight` times that of the auxiliary head; logits (B, K, H, W);
+            hidden_states and attentions if asked for.
 
         Raises:
             TypeError: an argument is unknown.
@@ -114,8 +114,10 @@ class MAEForSemanticSegmentation(MAEDenseModel):
 
     def _segmentation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         ignored = self.config.semantic_loss_ignore_index
-        total = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
-        return total / (labels != ignored).sum().clamp(min=1)  # an image may have nothing but unknown pixels
+        of_pixels = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="none")  # (B, H, W)
+        # Of each image, so that the loss is the same however a batch is divided; an image may have no known pixel.
+        of_images = of_pixels.sum(dim=(1, 2)) / (labels != ignored).sum(dim=(1, 2)).clamp(min=1)
+        return of_images.mean()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

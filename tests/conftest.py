@@ -113,3 +113,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     image_processor(model.config.image_shape, 1.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen pictures from above, images/ and masks/: ground, a red field and a striped one, at random places."""
+    folder = tmp_path_factory.mktemp("fields")
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("background\nred field\nstriped field\n")
+    rng = np.random.default_rng(0)
+    for index in range(14):
+        image, mask = rng.integers(60, 120, (32, 32, 3)).astype(np.uint8), np.zeros((32, 32), np.uint8)
+        for number in (1, 2):
+            top, left = rng.integers(0, 20, 2)
+            place = np.s_[top : top + 12, left : left + 12]
+            mask[place] = number
+            image[place] = [220, 30, 30] if number == 1 else np.where(np.arange(12)[:, None, None] % 4 < 2, 240, 10)
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
+    return folder

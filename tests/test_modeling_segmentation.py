@@ -52,7 +52,7 @@ def test_gradients__reach_every_weight(fields: dict) -> None:
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
-def test_loss__is_the_mean_over_the_pixels_that_have_a_class() -> None:
+def test_loss__is_the_mean_over_the_images_of_that_over_the_pixels_that_have_a_class() -> None:
     config = segmenter_config(semantic_loss_ignore_index=200, auxiliary_loss_weight=0.0)
     model = scramble(seeded(MAEForSemanticSegmentation, config))
     images = random_images(config)
@@ -60,14 +60,17 @@ def test_loss__is_the_mean_over_the_pixels_that_have_a_class() -> None:
     labels[0, :20] = 200
     output = model(images, labels=labels)
     log_shares = output.logits.log_softmax(dim=1)
-    slow = []
+    slow: list[list[float]] = [[], []]
     for image in range(2):
         for row in range(32):
             for column in range(32):
                 if (label := int(labels[image, row, column])) != 200:
-                    slow.append(-log_shares[image, label, row, column].item())
-    assert len(slow) == 32 * 32 + 12 * 32
-    assert output.loss.item() == pytest.approx(sum(slow) / len(slow), rel=1e-5)
+                    slow[image].append(-log_shares[image, label, row, column].item())
+    assert [len(losses) for losses in slow] == [12 * 32, 32 * 32]
+    expected = sum(sum(losses) / len(losses) for losses in slow) / 2
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    alone = [model(images[i : i + 1], labels=labels[i : i + 1]).loss.item() for i in range(2)]
+    assert sum(alone) / 2 == pytest.approx(expected, rel=1e-5), "however a batch is divided"
     # Nothing is known of any pixel: no NaN.
     nothing = model(images, labels=torch.full_like(labels, 200)).loss
     assert nothing.item() == 0

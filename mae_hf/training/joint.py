@@ -91,8 +91,10 @@ class View:
         """Height and width that an image is resized to."""
         if self.whole:
             return self.image_shape
-        factor = 1.0 if self.short_side is None else self.short_side / min(height, width)
-        return max(1, round(height * factor)), max(1, round(width * factor))
+        if self.short_side is None:
+            return height, width
+        shorter = min(height, width)
+        return self.short_side * height // shorter, self.short_side * width // shorter  # as torchvision rounds
 
     def of_image(self, image: Image.Image) -> Tensor:
         """The image as it is seen, (C, H, W) uint8."""

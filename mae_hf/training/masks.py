@@ -14,6 +14,7 @@ from PIL import Image
 from ..configuration_mae import nearest
 from .decode import BadImageError, decode_map, printable
 from .folders import Files, Found, choose_split, examples, names_hash, said, split_folders
+from .scenes import CLASSES_OF_SCENES
 from .sources import (
     NAME_OF_MASKS,
     ImageSource,
@@ -28,7 +29,7 @@ from .sources import (
 )
 from .tasks import SegmentationRecipe
 
-NAME_OF_IMAGES = re.compile(r"(.*[_\W])?(images?|imgs?|photos?|pictures?)")
+NAME_OF_IMAGES = re.compile(r".*(images?|imgs?|photos?|pictures?)")
 CLASS_LIST = "classes.txt"
 IGNORED = "ignore"  # in a list of classes
 # What is left out of a file's name before an image and its map are the same: photo_mask.png is of photo.jpg.
@@ -159,8 +160,8 @@ def has_pairs(root: Path) -> bool:
 def folders_of_pairs(folder: Path) -> tuple[Path, Path] | None:
     """The two folders of images and of maps in a folder, by their names; None if there are none, or several."""
     children = [child for child in folder.iterdir() if child.is_dir()]
-    images = [child for child in children if NAME_OF_IMAGES.fullmatch(child.name.lower())]
-    masks = [child for child in children if NAME_OF_MASKS.fullmatch(child.name.lower()) and child not in images]
+    masks = [child for child in children if NAME_OF_MASKS.fullmatch(child.name.lower())]
+    images = [child for child in children if NAME_OF_IMAGES.fullmatch(child.name.lower()) and child not in masks]
     return (images[0], masks[0]) if len(images) == len(masks) == 1 else None
 
 
@@ -257,6 +258,9 @@ def find_map_classes(recipe: SegmentationRecipe, train: ImageSource, eval_source
         ValueError: the list cannot be read; maps are in colours, and there is no list of them; there are fewer than two
             classes, or more than there are values below the ignored one; or the evaluation set has other classes.
     """
+    if recipe.dataset == "digit_scenes" and recipe.class_list is None:
+        numbers = {number: number for number in range(len(CLASSES_OF_SCENES))}
+        return MapClasses(CLASSES_OF_SCENES, numbers, False, recipe.ignore_index, frozenset({recipe.ignore_index}))
     own_list = Path(recipe.dataset).expanduser() / CLASS_LIST
     path = recipe.class_list or (str(own_list) if own_list.is_file() else None)
     if path is not None:

@@ -11,6 +11,7 @@ SPLITS_OF_SCENES = ("train", "validation")
 SCENES = {"train": 400, "validation": 100}
 SIDE = 48  # pixels of a scene
 DIGIT_SIDES = (16, 20, 24)  # of a digit, at random
+CLASSES_OF_SCENES = ["background", *(f"digit {number}" for number in range(10))]  # by the value in a mask
 MOST_DIGITS = 3  # in a scene
 INK = 96  # the darkest grey that belongs to a digit; the paper around it does not
 

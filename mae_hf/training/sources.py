@@ -31,7 +31,7 @@ ERRORS_OF_DATASETS = (ValueError, OSError, DatasetsError, pa.ArrowException)
 
 # Columns and folders of maps of classes: masks, label, annotations, semantic_segmentation, ground_truth, ...
 NAME_OF_MASKS = re.compile(
-    r"(.*[_\W])?(masks?|labels?|labelmaps?|annotations?|annos?|segmentations?|semantic|gt|ground_?truths?|targets?)"
+    r"(.*[_\W])?(masks?|labels?|labelmaps?|annotations?|annos?|segmentations?|segmentation_?class|semantic|gt|ground_?truths?|targets?)"
     r"([_\W](maps?|masks?|images?|pngs?))?"
 )
 

@@ -1,11 +1,13 @@
 """The checkpoint that a run starts from: every weight of its encoder, or none of the run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoImageProcessor
+from transformers.utils import logging
 
 from ..configuration_mae import MAEConfig
 from ..loading import ENCODER_PART, first_few, part_of
@@ -35,9 +37,10 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
             is of another shape; with its name.
     """
     # In 16 bits, as many are kept on the Hub, most steps of training would be rounded away.
-    model, loaded = model_class.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-    )
+    with _quiet():
+        model, loaded = model_class.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
     mismatched = {key for key, *_ in loaded["mismatched_keys"]}
     has_some_of = {part_of(key) for key in model.state_dict().keys() - loaded["missing_keys"]}
     lacking = sorted(k for k in loaded["missing_keys"] if ENCODER_PART.match(k) or part_of(k) in has_some_of)
@@ -54,6 +57,17 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
             )
         raise ValueError(f"The weights of {name} are not those of its configuration: {'; '.join(said)}. {advice}")
     return model, sorted(loaded["missing_keys"] | mismatched)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of the weights that start new, a line for each: a script says it in a word."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def keeps_head(

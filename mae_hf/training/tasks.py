@@ -329,7 +329,6 @@ class SegmentationRecipe(DenseRecipe):
         False, IMAGES, "0 means unknown, and classes count from 1, as in ADE20K; they are numbered from 0 then"
     )
 
-    image_size: list[int] | None = again(Recipe, "image_size", [512])
     view: str = setting(
         "whole",
         PIXELS,
@@ -354,14 +353,20 @@ class SegmentationRecipe(DenseRecipe):
         1.0, PIXELS, "draw a crop again, up to ten times, in which a class has more of the pixels", above=0, at_most=1
     )
 
-    segmentation_head: str = setting(
-        "upernet", MODEL, "upernet, over four blocks, or linear, on the last one", choices=("upernet", "linear")
-    )
-    segmentation_channels: int | None = setting(None, MODEL, "of UperNet; the encoder's width if not given", at_least=1)
-    segmentation_norm: str = setting(
-        "batch",
+    segmentation_head: str | None = setting(
+        None,
         MODEL,
-        "of UperNet: batch, as in the paper, over all GPUs; or layer, which needs no second image beside an image",
+        "upernet, over four blocks, or linear, on the last one; upernet, or the checkpoint's, if not given",
+        choices=("upernet", "linear"),
+    )
+    segmentation_channels: int | None = setting(
+        None, MODEL, "of UperNet; the encoder's width, or the checkpoint's, if not given", at_least=1
+    )
+    segmentation_norm: str | None = setting(
+        None,
+        MODEL,
+        "of UperNet: batch, as in the paper, over all GPUs; or layer, which needs no second image beside an image; "
+        "batch, or the checkpoint's, if not given",
         choices=("batch", "layer"),
     )
 
@@ -377,9 +382,3 @@ class SegmentationRecipe(DenseRecipe):
             raise ValueError(f"scale must be two factors, 0 < smallest <= largest, but is {self.scale}.")
         if self.short_side is not None and self.view != "slide":
             raise ValueError("short_side is of view slide: with view whole, image_size says how large an image is.")
-        per_process = min(self.per_device_batch_size, self.total_batch_size or self.per_device_batch_size)
-        if self.segmentation_norm == "batch" and self.segmentation_head == "upernet" and per_process < 2:
-            raise ValueError(
-                "A batch norm learns nothing from one image at a time: choose a per_device_batch_size and a "
-                "total_batch_size above 1, or --segmentation_norm layer."
-            )
