@@ -4,7 +4,7 @@
     mae-hf finetune --help
     accelerate launch -m mae_hf.cli pretrain --dataset path/to/images       # several processes
 
-Sub-commands are pretrain, finetune, linear_probe, visualize and convert; each has --help.
+Sub-commands are pretrain, finetune, segmentation, linear_probe, visualize and convert; each has --help.
 """
 
 import runpy
@@ -14,6 +14,7 @@ from pathlib import Path
 SCRIPTS = {
     "pretrain": "run_pretrain.py",
     "finetune": "run_finetune.py",
+    "segmentation": "run_segmentation.py",
     "linear_probe": "run_linear_probe.py",
     "visualize": "visualize.py",
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import run_finetune
 import run_linear_probe
+import run_segmentation
 import torch
 from safetensors.torch import load_file
 from scripts import free_port, losses, metrics
@@ -20,13 +21,15 @@ pytestmark = pytest.mark.slow
 
 COMMON = ["--eval_fraction", "0.25", "--total_batch_size", "8", "--per_device_batch_size", "2", "--num_workers", "1"]
 COMMON += ["--epochs", "60", "--warmup_epochs", "1", "--log_every", "3", "--save_every", "1000"]
+OF_MAPS = ["--image_size", "32", "--segmentation_channels", "16"]
 SCRIPTS = {
     "finetune": [run_finetune.__file__, "--ema_decay", "0.9", "--eval_every", "20", "--drop_path_rate", "0.2"],
+    "segmentation": [run_segmentation.__file__, *OF_MAPS, "--ema_decay", "0.9", "--eval_every", "20"],
     "linear": [run_linear_probe.__file__, "--base_lrs", "1", "3"],
     "attentive": [run_linear_probe.__file__, "--probe", "attentive", "--base_lr", "0.01", "--attention_heads", "2"],
     "features at hand": [run_linear_probe.__file__, "--augment", "false", "--base_lr", "1"],
 }
-WEIGHTS = {run_finetune.__file__: "model.safetensors", run_linear_probe.__file__: "probe.safetensors"}
+WEIGHTS = {run_linear_probe.__file__: "probe.safetensors"}
 
 
 def start_two(words: list[str]) -> list[subprocess.Popen[str]]:
@@ -51,10 +54,18 @@ def finish(processes: list[subprocess.Popen[str]], code: int) -> None:
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_stopped_in_two_processes__ends_like_undisturbed(
-    kind: str, pets: Path, checkpoint: Path, tmp_path: Path
+    kind: str, pets: Path, fields: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     script, *settings = SCRIPTS[kind]
-    words = [script, "--dataset", str(pets), "--model_name_or_path", str(checkpoint), *COMMON, *settings]
+    words = [
+        script,
+        "--dataset",
+        str(fields if kind == "segmentation" else pets),
+        "--model_name_or_path",
+        str(checkpoint),
+        *COMMON,
+        *settings,
+    ]
     finish(start_two([*words, "--output_dir", str(tmp_path / "whole")]), 0)
     processes = start_two([*words, "--output_dir", str(tmp_path / "cut")])
     assert processes[0].stdout is not None
@@ -63,7 +74,7 @@ def test_stopped_in_two_processes__ends_like_undisturbed(
     finish(processes, STOPPED)
     finish(start_two([*words, "--output_dir", str(tmp_path / "cut")]), 0)
 
-    whole, cut = (load_file(tmp_path / run / WEIGHTS[script]) for run in ("whole", "cut"))
+    whole, cut = (load_file(tmp_path / run / WEIGHTS.get(script, "model.safetensors")) for run in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert losses(metrics(tmp_path / "whole")) == losses(metrics(tmp_path / "cut"))
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "cut")]

@@ -19,7 +19,17 @@ RecipeType = TypeVar("RecipeType", bound=Recipe)
 HEADINGS = ("what people change first", IMAGES, PIXELS, MODEL, OPTIMISATION, RUNNING, HUB)
 # Those that are shown first.
 FIRST = (
-    *("dataset", "model_name_or_path", "eval_split", "eval_fraction", "size", "image_size", "epochs"),
+    *(
+        "dataset",
+        "model_name_or_path",
+        "eval_split",
+        "eval_fraction",
+        "class_list",
+        "view",
+        "size",
+        "image_size",
+        "epochs",
+    ),
     *("total_batch_size", "base_lr", "mask_ratio", "augment", "base_lrs", "output_dir", "push_to_hub"),
 )
 

@@ -58,9 +58,9 @@ def absence(name: str) -> str:
     for file in sorted(RECIPES.glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
         if f"\noutput_dir: {name.rstrip('/')}\n" in text:
-            script = "run_linear_probe" if "probe" in file.stem else "run_pretrain"
-            script = "run_finetune" if "\neval_" in text and script == "run_pretrain" else script
-            return f"{sentence} To make it: accelerate launch examples/{script}.py --recipe {file.stem}"
+            command = re.search(r"examples/run_\w+\.py", text)  # at the head of the recipe
+            script = command[0] if command else "examples/run_pretrain.py"
+            return f"{sentence} To make it: accelerate launch {script} --recipe {file.stem}"
     near = _nearest_path(Path(name).expanduser())
     return f"{sentence} Did you mean {near}?" if near else sentence
 

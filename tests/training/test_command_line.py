@@ -176,6 +176,7 @@ def refused(script: str, *words: str, folder: Path | None = None) -> str:
         ),
         ("run_finetune", ["--eval_fraction", "2"], "eval_fraction must be above 0 and below 1"),
         ("run_finetune", ["--dataset", "a/b"], "Say what the evaluation set is"),
+        ("run_segmentation", ["--short_side", "9"], "short_side is of view slide"),
         ("run_linear_probe", ["--eval_split", "test"], "A probe needs an encoder to look at"),
     ],
 )
@@ -206,6 +207,7 @@ def test_script__refuses_a_tracker_and_an_attention_that_are_not_installed() -> 
     [
         ("run_pretrain", "--mask_ratio", "vit_base_imagenet"),
         ("run_finetune", "--eval_fraction", "finetune_vit_base"),
+        ("run_segmentation", "--class_list", "vit_base_ade20k"),
         ("run_linear_probe", "--base_lrs", "probe_vit_base"),
     ],
 )

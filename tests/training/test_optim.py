@@ -101,6 +101,22 @@ def test_lr_at__by_hand(step: int, expected: float) -> None:
     assert lr_at(step, total_steps=110, warmup_steps=10, peak_lr=2.4e-3) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        ("linear", 10, 1),
+        ("linear", 55, 0.5),
+        ("linear", 100, 0),
+        ("steps", 88, 1),
+        ("steps", 89, 0.1),
+        ("steps", 97, 0.01),
+    ],
+)
+def test_schedules__after_the_warm_up(schedule: str, step: int, share: float) -> None:
+    assert lr_at(5, 100, 10, 2.0, schedule=schedule) == 1.0
+    assert lr_at(step, 100, 10, 2.0, schedule=schedule) == pytest.approx(2.0 * share)
+
+
 def test_lr_at__ends_at_the_minimum_and_needs_no_warmup() -> None:
     assert lr_at(0, total_steps=10, warmup_steps=0, peak_lr=1.0, min_lr=0.1) == 1.0
     assert lr_at(10, total_steps=10, warmup_steps=0, peak_lr=1.0, min_lr=0.1) == pytest.approx(0.1)

@@ -8,7 +8,7 @@ import yaml
 from mae_hf.configuration_mae import SIZES
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.recipe import SIZE_NAMES, Recipe
-from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe
+from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,6 +27,8 @@ def recipe_class(name: str) -> type[Recipe]:
     """For which script a recipe of examples/recipes is."""
     if "probe" in name:
         return ProbeRecipe
+    if "segmentation" in name or "ade20k" in name:
+        return SegmentationRecipe
     return FinetuneRecipe if "finetune" in name or "scratch" in name else PretrainRecipe
 
 
@@ -38,6 +40,17 @@ def test_recipes__parse_and_make_a_model(path: Path) -> None:
         assert f"# {word}" in path.read_text(), word
     for key, value in yaml.safe_load(path.read_text()).items():
         assert getattr(recipe, key) == value, key
+
+
+@pytest.mark.parametrize(("size", "layer_decay", "drop_path"), [("base", 0.65, 0.1), ("large", 0.75, 0.2)])
+def test_ade20k_recipes__are_160000_steps(size: str, layer_decay: float, drop_path: float) -> None:
+    recipe = parse_recipe(SegmentationRecipe, ["--recipe", f"vit_{size}_ade20k"], RECIPES)
+    assert recipe.images_per_epoch * recipe.epochs / recipe.total_batch_size == 160_000
+    assert recipe.warmup * recipe.images_per_epoch / recipe.total_batch_size == 1500
+    assert recipe.effective_lr == pytest.approx(1e-4)
+    assert (recipe.layer_decay, recipe.drop_path_rate, recipe.weight_decay) == (layer_decay, drop_path, 0.05)
+    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.lr_schedule) == (0.9, 0.999, "linear")
+    assert round(recipe.slide_stride * 512) == 341
 
 
 def test_defaults__are_table_8_of_the_paper() -> None:
