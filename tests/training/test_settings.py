@@ -74,7 +74,7 @@ def test_range__of_every_number(recipe_class: type[Recipe], value: str) -> None:
 def test_range__of_every_list(recipe_class: type[Recipe]) -> None:
     enough = ["--eval_split", "test", "--model_name_or_path", "a/b"] if recipe_class is not PretrainRecipe else []
     lists = {one.name for one in fields(recipe_class) if "list" in str(one.type)}
-    assert {"crop_scale", "image_size", "image_std"} <= lists
+    assert {"image_size", "image_std"} <= lists
     for name in lists - ANY_LENGTH:
         with pytest.raises(ValueError, match=rf"^{name} (must be|has 4 values)"):
             resolved_recipe(recipe_class, [*enough, f"--{name}", *["1"] * 4])
