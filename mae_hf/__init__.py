@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
     MODEL_FOR_PRETRAINING_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     MODEL_MAPPING,
@@ -15,6 +16,7 @@ from .configuration_mae import SIZES, MAEConfig
 
 if TYPE_CHECKING:
     from .modeling_dense import MAEBackbone
+    from .modeling_detection import MAEForObjectDetection, MAEObjectDetectionOutput
     from .modeling_mae import (
         MAEForImageClassification,
         MAEForPreTraining,
@@ -32,10 +34,12 @@ __all__ = [
     "MAEBackbone",
     "MAEConfig",
     "MAEForImageClassification",
+    "MAEForObjectDetection",
     "MAEForPreTraining",
     "MAEForPreTrainingOutput",
     "MAEForSemanticSegmentation",
     "MAEModel",
+    "MAEObjectDetectionOutput",
     "MAEPreTrainedModel",
     "MAEReconstruction",
 ]
@@ -46,12 +50,14 @@ def __getattr__(name: str) -> Any:
     # takes as long to import as all the rest, and who only reads a configuration needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import modeling_dense, modeling_mae, modeling_segmentation, reconstruction
+    from . import modeling_dense, modeling_detection, modeling_mae, modeling_segmentation, reconstruction
 
     others = {
         "MAEReconstruction": reconstruction,
         "MAEBackbone": modeling_dense,
         "MAEForSemanticSegmentation": modeling_segmentation,
+        "MAEForObjectDetection": modeling_detection,
+        "MAEObjectDetectionOutput": modeling_detection,
     }
     return getattr(others.get(name, modeling_mae), name)
 
@@ -101,6 +107,7 @@ for table, name in (
     (MODEL_FOR_PRETRAINING_MAPPING, "MAEForPreTraining"),
     (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "MAEForImageClassification"),
     (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, "MAEForSemanticSegmentation"),
+    (MODEL_FOR_OBJECT_DETECTION_MAPPING, "MAEForObjectDetection"),
     (MODEL_FOR_BACKBONE_MAPPING, "MAEBackbone"),
 ):
     table.register(MAEConfig, _Later(name), exist_ok=True)  # type: ignore[arg-type]

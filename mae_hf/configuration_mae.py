@@ -45,8 +45,11 @@ LARGEST: dict[str, int] = {
     "decoder_intermediate_size": 2**18,
     "pyramid_channels": 2**15,
     "segmentation_channels": 2**15,
+    "anchor_size": 2**15,
+    "box_head_channels": 2**15,
+    "detections_per_image": 2**15,
 }
-MAY_BE_NONE = ("segmentation_channels",)
+MAY_BE_NONE = ("segmentation_channels", "anchor_size")
 LARGEST_SIDE = 2**16  # of an image in pixels
 
 # The levels of a backbone's pyramid -> by how much its map is finer than that of the patches. Of patches of 16 pixels
@@ -142,6 +145,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         segmentation_dropout: share of the channels that are dropped before the last layer of a head.
         auxiliary_loss_weight: of a second, smaller head of UperNet on the third map; 0 for none.
         semantic_loss_ignore_index: what stands in a map of classes where the class is unknown.
+        instance_masks: whether `MAEForObjectDetection` predicts a mask for each object, beside its box.
+        anchor_size: pixels, the side of the smallest boxes that it looks for, from which others are found; it doubles
+            from each level of the pyramid to the next. `None` means two patches, which is ViTDet's 32 at patches of 16.
+        box_head_channels: of the layer that its boxes and classes are predicted from.
+        detections_per_image: how many it gives at the most.
+        detection_threshold: the lowest score of a detection.
         out_features, out_indices: which of `stage_names` a backbone returns, by name or by number; the last block's if
             neither is given.
 
@@ -187,6 +196,11 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     segmentation_dropout: float | int = 0.1
     auxiliary_loss_weight: float | int = 0.4
     semantic_loss_ignore_index: int = 255
+    instance_masks: bool = True
+    anchor_size: int | None = None
+    box_head_channels: int = 1024
+    detections_per_image: int = 100
+    detection_threshold: float | int = 0.05
 
     def __post_init__(self, **kwargs: Any) -> None:
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -362,13 +376,19 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{prefix}hidden_size {width} is not divisible by 4: the sin-cos position table needs a sine and a "
                     f"cosine for each of the two axes."
                 )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "segmentation_dropout"):
+        for name in (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "drop_path_rate",
+            "segmentation_dropout",
+            "detection_threshold",
+        ):
             if not _is_number(value := getattr(self, name)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but is {value!r}.")
         for name in ("initializer_range", "layer_norm_eps", "auxiliary_loss_weight"):
             if not _is_number(value := getattr(self, name)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, but is {value!r}.")
-        for name in ("qkv_bias", "norm_pix_loss", "mask_tokens_in_encoder"):
+        for name in ("qkv_bias", "norm_pix_loss", "mask_tokens_in_encoder", "instance_masks"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, but is {value!r}.")
         if not isinstance(self.hidden_act, str):

@@ -33,9 +33,9 @@ WRAPPER_KEYS = {r"^(?:module\.|_orig_mod\.)+": "", r"\._orig_mod\.": "."}
 
 # The parts of a model by the names of their weights. (The mask token of a ViT is for masked images, and nobody's here.)
 ENCODER_PART = re.compile(r"(?:vit\.)?(embeddings(?=\.(?!mask_token$))|layers\.\d+(?=\.)|layernorm(?=\.))")
-OTHER_PART = re.compile(r"(decoder|fc_norm|classifier|decode_head|auxiliary_head)\.")
+OTHER_PART = re.compile(r"(decoder|fc_norm|classifier|decode_head|auxiliary_head|rpn|roi_heads)\.")
 # What the models of maps have on the encoder, and the others leave behind.
-PARTS_OF_MAPS = [r"^norms\.", r"^pyramid\.", r"^decode_head\.", r"^auxiliary_head\."]
+PARTS_OF_MAPS = [r"^norms\.", r"^pyramid\.", r"^decode_head\.", r"^auxiliary_head\.", r"^rpn\.", r"^roi_heads\."]
 
 # Bytes. The format allows 100 MB, which take minutes to read; a ViT of 500 layers has 1 MB.
 LONGEST_HEADER = 8_000_000
@@ -246,6 +246,7 @@ def auto_classes() -> dict[str, type]:
     that it copies imports it.
     """
     from .modeling_dense import MAEBackbone
+    from .modeling_detection import MAEForObjectDetection
     from .modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
     from .modeling_segmentation import MAEForSemanticSegmentation
 
@@ -255,6 +256,7 @@ def auto_classes() -> dict[str, type]:
         "AutoModelForPreTraining": MAEForPreTraining,
         "AutoModelForImageClassification": MAEForImageClassification,
         "AutoModelForSemanticSegmentation": MAEForSemanticSegmentation,
+        "AutoModelForObjectDetection": MAEForObjectDetection,
         "AutoBackbone": MAEBackbone,
     }
 

