@@ -15,7 +15,11 @@ from tiny import max_difference, scramble, tiny_config
 from mae_hf import MAEConfig
 
 CPU = torch.device("cpu")
-TINY = {name: getattr(tiny_config(), name) for name in MAEConfig.__annotations__ if name != "model_type"}
+TINY = {
+    name: value
+    for name in MAEConfig.__annotations__
+    if name != "model_type" and (value := getattr(tiny_config(), name)) is not None
+}
 EVERY = ",".join(f"{name}={value}" for name, value in TINY.items())
 needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed: pip install mae_hf[test]")
 

@@ -50,7 +50,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel__has_the_recipes_and_the_templates(site: Path) -> None:
     recipes = sorted(path.name for path in (site / "mae_hf" / "recipes").iterdir())
     assert recipes == sorted(path.name for path in (ROOT / "examples" / "recipes").iterdir())
-    assert sorted(path.name for path in (site / "mae_hf" / "templates").iterdir()) == ["finetune.md", "pretrain.md"]
+    assert sorted(path.name for path in (site / "mae_hf" / "templates").iterdir()) == [
+        "finetune.md",
+        "pretrain.md",
+        "segmentation.md",
+    ]
 
 
 @pytest.mark.slow

@@ -185,7 +185,9 @@ def test_eval_only__on_some_of_the_classes(pets: Path, checkpoint: Path, tmp_pat
     assert of_some["per_class"] == {**of_all, "dog": None}
     assert of_some["count"] == 16
     (tmp_path / "some" / "cat").rename(tmp_path / "some" / "ape")
-    with pytest.raises(ValueError, match=r"of \['cat', 'dog', 'eel'\], and the images have other.*\['ape', 'eel'\]"):
+    with pytest.raises(
+        ValueError, match=r"classes \['cat', 'dog', 'eel'\], and the images have other.*\['ape', 'eel'\]"
+    ):
         evaluated(tmp_path / "some", "of_others")
 
 

@@ -103,11 +103,10 @@ def keeps_head(
 
 def renew(model: Any, kind: type[nn.Module]) -> None:
     """New weights for the layers of a kind, by the model's own initialisation: a head that knew other classes."""
-    for module in model.modules():
+    fresh = type(model)(model.config)
+    for name, module in model.named_modules():
         if isinstance(module, kind):
-            for weight in module.parameters():
-                weight._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark of what was loaded
-            model._init_weights(module)
+            module.load_state_dict(fresh.get_submodule(name).state_dict())
 
 
 def other_view(name: str, processor: Any) -> str:
