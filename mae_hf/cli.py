@@ -4,7 +4,7 @@
     mae-hf finetune --help
     accelerate launch -m mae_hf.cli pretrain --dataset path/to/images       # several processes
 
-Sub-commands are pretrain, finetune, segmentation, linear_probe, visualize and convert; each has --help.
+Sub-commands are pretrain, finetune, segmentation, detection, linear_probe, visualize and convert; each has --help.
 """
 
 import runpy
@@ -15,6 +15,7 @@ SCRIPTS = {
     "pretrain": "run_pretrain.py",
     "finetune": "run_finetune.py",
     "segmentation": "run_segmentation.py",
+    "detection": "run_detection.py",
     "linear_probe": "run_linear_probe.py",
     "visualize": "visualize.py",
 }

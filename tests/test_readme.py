@@ -116,6 +116,7 @@ def test_command__is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "run_pretrain.py": (tasks.PretrainRecipe, "quickstart"),
         "run_finetune.py": (tasks.FinetuneRecipe, "quickstart_finetune"),
         "run_segmentation.py": (tasks.SegmentationRecipe, "quickstart_segmentation"),
+        "run_detection.py": (tasks.DetectionRecipe, "quickstart_detection"),
         "run_linear_probe.py": (tasks.ProbeRecipe, None),
     }[Path(chosen.training_script).name]
     assert command_line.read_recipe(recipe_class, chosen.training_script_args, default)

@@ -52,7 +52,7 @@ class Part:
         if jitter is not None:
             pixels = torch.cat([jitter(pixels[:3]), pixels[3:]])  # the fourth channel is transparency
         whole = torch.tensor([round(255 * value) for value in fill], dtype=torch.uint8).view(-1, 1, 1)
-        return self._turned(self._filled_up(pixels, whole))
+        return self._filled_up(self._turned(pixels), whole)
 
     def of_map(self, classes: Tensor, fill: int) -> Tensor:
         """The part of a map (H, W), (height, width); the classes stay whole."""
@@ -60,7 +60,23 @@ class Part:
         part = classes[self.top : bottom, self.left : right]
         # With the places of the pixels' centres, as for the image; in numbers that hold every class exactly.
         resized = F.interpolate(part[None, None].double(), (rows, columns), mode="nearest-exact")[0].to(classes.dtype)
-        return self._turned(self._filled_up(resized, torch.tensor(fill, dtype=classes.dtype)))[0]
+        return self._filled_up(self._turned(resized), torch.tensor(fill, dtype=classes.dtype))[0]
+
+    def of_boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
+        """Boxes (n, 4), corners in the pixels of an image of this size, in those of the part, and cut off at its edges.
+
+        Those that are outside of the part have no area left.
+        """
+        _, _, rows, columns = self.inside(height, width)
+        scale_y, scale_x = self.image_shape[0] / self.height, self.image_shape[1] / self.width
+        left, top, right, bottom = (boxes - boxes.new_tensor([self.left, self.top] * 2)).unbind(1)
+        x = torch.stack([left, right], dim=1).mul(scale_x).clamp(0, columns)
+        y = torch.stack([top, bottom], dim=1).mul(scale_y).clamp(0, rows)
+        if self.mirrored:
+            x = (columns - x).flip(1)
+        if self.upside_down:
+            y = (rows - y).flip(1)
+        return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
 
     def _filled_up(self, pixels: Tensor, fill: Tensor) -> Tensor:
         if pixels.shape[1:] == self.image_shape:
@@ -80,15 +96,21 @@ class View:
 
     image_shape: (height, width) of what the model sees at once.
     whole: the image is resized to that; else it is seen through windows, at its own size.
+    keeps_aspect: a whole image is not stretched, so that one of its sides may be shorter.
     short_side: the pixels that the shorter side of an image that is not resized to the model's has; else its own.
     """
 
     image_shape: tuple[int, int]
     whole: bool = True
     short_side: int | None = None
+    keeps_aspect: bool = False
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that an image is resized to."""
+        rows, columns = self.image_shape
+        if self.whole and self.keeps_aspect:
+            factor = min(rows / height, columns / width)
+            return max(1, min(rows, int(height * factor))), max(1, min(columns, int(width * factor)))
         if self.whole:
             return self.image_shape
         if self.short_side is None:

@@ -189,12 +189,12 @@ class Run:
 
     # --- the steps
 
-    def steps(self, images: Samples) -> Iterator[int]:
-        """Each step that is not done yet, counted from 1, with its learning rate set."""
+    def steps(self, images: Samples, collate: Callable[[list[Any]], Any] | None = None) -> Iterator[int]:
+        """Each step that is not done yet, counted from 1, with its learning rate set; see `samples.batches`."""
         schedule, recipe = self.schedule, self.recipe
         division = (self.first_step, self.accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
         return self.steps_from(
-            batches(images, schedule, *division),
+            batches(images, schedule, *division, collate),
             lambda step: names_of_step(images, schedule, step, recipe.shuffle_buffer),
         )
 

@@ -11,11 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .baseline import doubts_of_end
 from .command_line import as_yaml
 from .decode import PIL_MODES, printable
+from .detection import DetectionMetrics
 from .metrics import ClassificationMetrics
 from .recipe import Recipe
 from .segmentation import SegmentationMetrics
 from .starting_weights import IMAGENET_MEAN
-from .tasks import FinetuneRecipe, PretrainRecipe, SegmentationRecipe, TransferRecipe
+from .tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, SegmentationRecipe, TransferRecipe
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10
@@ -199,6 +200,48 @@ def write_segmenter_card(
         absent=[_cell(label_names[number]) for number in metrics.absent],
         view=recipe.view,
         has_picture=(Path(folder) / "confusion.png").exists(),
+    )
+
+
+def write_detector_card(
+    folder: Path | str,
+    recipe: DetectionRecipe,
+    source_name: str,
+    eval_name: str,
+    history: list[dict[str, Any]],
+    num_parameters: int,
+    metrics: DetectionMetrics,
+    label_names: list[str],
+) -> None:
+    """Fill in the template detection.md, see `write_classifier_card`."""
+    titles = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium"}
+    titles["ap_large"] = "AP large"
+    rows = [("boxes", metrics.boxes), *([("masks", metrics.masks)] if metrics.masks is not None else [])]
+    shown = [
+        (what, ["none" if (value := of[name]) is None else f"{100 * value:.1f}" for name in titles])
+        for what, of in rows
+    ]
+    values = [
+        (f"{what}_{name}", f"{title} of {what}", value)
+        for what, of in rows
+        for name, title in titles.items()
+        if (value := of[name]) is not None
+    ]
+    _write_evaluated_card(
+        folder,
+        recipe,
+        source_name,
+        eval_name,
+        history,
+        num_parameters,
+        ("object-detection", "detection.md", values),
+        num_labels=len(label_names),
+        count=f"{metrics.count:,}",
+        num_objects=f"{metrics.objects:,}",
+        titles=list(titles.values()),
+        rows=shown,
+        has_masks=metrics.masks is not None,
+        per_class=_best_and_worst(zip(metrics.per_class, label_names, strict=True)),
     )
 
 

@@ -55,6 +55,8 @@ def _as_rgb(images: Tensor) -> Tensor:
 LARGEST_SHOWN = 192  # pixels of the longer side of an image that is shown
 SMALLEST_SHOWN = 96
 UNKNOWN = (255, 255, 255)
+Colour = tuple[int, int, int]
+LARGEST_BOXES = 256  # pixels of the longer side of an image with boxes
 GOLDEN_ANGLE = 0.381966  # of a turn, so that the hues of neighbours are far apart, however many there are
 
 
@@ -86,7 +88,7 @@ def pictured(sample: dict[str, Any], predicted: Tensor, score: float, is_fixed: 
     return Pictured(sample["index"], score, image, labels, found, is_fixed)
 
 
-def palette(count: int) -> list[tuple[int, int, int]]:
+def palette(count: int) -> list[Colour]:
     """A colour for each of so many classes; the first is black."""
     hues = [
         (number * GOLDEN_ANGLE % 1, (1.0, 0.6)[number // 6 % 2], (1.0, 0.75)[number // 12 % 2])
@@ -103,20 +105,44 @@ def save_predictions(shown: Sequence[Pictured], names: Sequence[str], ignore_ind
     """
     colours = palette(len(names))
     seen = sorted({int(c) for one in shown for classes in (one.labels, one.predicted) for c in classes.unique()})
-    rows = [_row(one, colours, ignore_index) for one in shown]
-    width = max(sum(picture.width + PADDING for picture in row) + PADDING for row in rows)
-    heights = [row[0].height + TITLE_SIZE + 2 * PADDING for row in rows]
-    font = ImageFont.load_default(TITLE_SIZE)
     legend = [(names[c], colours[c]) if c != ignore_index else ("unknown", UNKNOWN) for c in seen]
+    titles = [(f"image {one.index}", "truth", f"IoU {one.score:.2f}") for one in shown]
+    _save_rows([_maps(one, colours, ignore_index) for one in shown], titles, legend, path)
+
+
+def _maps(one: Pictured, colours: list[Colour], ignore_index: int) -> list[Image.Image]:
+    """The three pictures of an image, enlarged by a whole factor if they are small."""
+    table = torch.tensor([*colours, UNKNOWN], dtype=torch.uint8)
+    maps = [classes.where(classes != ignore_index, len(colours)) for classes in (one.labels, one.predicted)]
+    pictures = [_as_rgb(one.image[None])[0], *(table[classes].permute(2, 0, 1) for classes in maps)]
+    factor = _enlargement(*pictures[0].shape[1:])
+    return [to_pil_image(picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)) for picture in pictures]
+
+
+def _enlargement(height: int, width: int) -> int:
+    """By which whole factor a small picture is enlarged."""
+    return max(1, min(-(-SMALLEST_SHOWN // min(height, width)), LARGEST_SHOWN // max(height, width)))
+
+
+def _save_rows(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[Sequence[str]],
+    legend: Sequence[tuple[str, Colour]],
+    path: Path | str,
+) -> None:
+    """Pictures under their titles, and below them names with their colours."""
+    width = max([sum(picture.width + PADDING for picture in row) + PADDING for row in rows], default=0)
+    heights = [max(picture.height for picture in row) + TITLE_SIZE + 2 * PADDING for row in rows]
+    font = ImageFont.load_default(TITLE_SIZE)
     cell = max([60, *(int(font.getlength(_shown_name(name))) + 3 * TITLE_SIZE for name, _ in legend)])
     across = max(1, width // cell)
     line = TITLE_SIZE + 2 * PADDING
     whole = Image.new("RGB", (max(width, cell), sum(heights) + line * -(-len(legend) // across) + PADDING), "white")
     draw = ImageDraw.Draw(whole)
     top = 0
-    for one, row, height in zip(shown, rows, heights, strict=True):
+    for row, of_row, height in zip(rows, titles, heights, strict=True):
         left = PADDING
-        for title, picture in zip((f"image {one.index}", "truth", f"IoU {one.score:.2f}"), row, strict=True):
+        for title, picture in zip(of_row, row, strict=True):
             draw.text((left, top + 1), title, fill="black", font=font)
             whole.paste(picture, (left, top + TITLE_SIZE + PADDING))
             left += picture.width + PADDING
@@ -133,11 +159,47 @@ def _shown_name(name: str) -> str:
     return text if len(text) <= 24 else f"{text[:22]}.."
 
 
-def _row(one: Pictured, colours: list[tuple[int, int, int]], ignore_index: int) -> list[Image.Image]:
-    """The three pictures of an image, enlarged by a whole factor if they are small."""
-    table = torch.tensor([*colours, UNKNOWN], dtype=torch.uint8)
-    maps = [classes.where(classes != ignore_index, len(colours)) for classes in (one.labels, one.predicted)]
-    pictures = [_as_rgb(one.image[None])[0], *(table[classes].permute(2, 0, 1) for classes in maps)]
-    factor = max(1, -(-SMALLEST_SHOWN // min(pictures[0].shape[1:])))
-    factor = max(1, min(factor, LARGEST_SHOWN // max(pictures[0].shape[1:])))
-    return [to_pil_image(picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)) for picture in pictures]
+@dataclass(frozen=True)
+class PicturedBoxes:
+    """An image with the boxes of its objects and those that were found, small enough to be shown.
+
+    index, score, is_fixed: see `Pictured`.
+    image: (C, h, w) uint8. truth, found: of each box its corners in the pixels of `image`, and its class.
+    """
+
+    index: int
+    score: float
+    image: Tensor
+    truth: list[tuple[list[float], int]]
+    found: list[tuple[list[float], int]]
+    is_fixed: bool
+
+    @classmethod
+    def of(cls, sample: dict[str, Any], truth: Any, found: Any, score: float, is_fixed: bool) -> "PicturedBoxes":
+        """A sample of `EvalImagesWithObjects` with two `Objects` in the pixels of its file, made small."""
+        height, width = sample["size"]
+        factor = LARGEST_BOXES / max(height, width)
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+
+        def small(objects: Any) -> list[tuple[list[float], int]]:
+            corners = (objects.boxes * factor).tolist()
+            return list(zip(corners, objects.labels.tolist(), strict=True))
+
+        image = resize(sample["pixel_values"], size, antialias=True)
+        return cls(sample["index"], score, image, small(truth), small(found), is_fixed)
+
+
+def save_boxes(shown: Sequence[PicturedBoxes], names: Sequence[str], path: Path | str) -> None:
+    """Write truth and detections of each image as one PNG, a row an image, with its score and a legend."""
+    colours = palette(len(names) + 1)[1:]  # black would not be seen
+    seen = sorted({label for one in shown for _, label in (*one.truth, *one.found)})
+    titles = [(f"image {one.index}, truth", f"found {one.score:.2f}") for one in shown]
+    rows = []
+    for one in shown:
+        pictures = [to_pil_image(_as_rgb(one.image[None])[0]) for _ in range(2)]
+        for picture, boxes in zip(pictures, (one.truth, one.found), strict=True):
+            draw = ImageDraw.Draw(picture)
+            for (left, top, right, bottom), label in boxes:
+                draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colours[label], width=2)
+        rows.append(pictures)
+    _save_rows(rows, titles, [(names[label], colours[label]) for label in seen], path)

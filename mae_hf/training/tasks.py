@@ -291,6 +291,9 @@ class DenseRecipe(TransferRecipe):
     labelled_images: int | None = setting(
         None, IMAGES, "train on this many of the images, drawn by the seed", at_least=1
     )
+    scale: list[float] = setting(
+        [0.5, 2.0], PIXELS, "enlarge a training image by a factor between these two, before it is cropped", above=0
+    )
     vertical_flip: bool = setting(
         False, PIXELS, "turn half of the images upside down, as there is no up in pictures from above"
     )
@@ -309,6 +312,8 @@ class DenseRecipe(TransferRecipe):
         super().__post_init__()
         if self.streaming:
             raise ValueError("Masks and boxes are not read as a stream: leave streaming out.")
+        if not (len(self.scale) == 2 and self.scale[0] <= self.scale[1]):
+            raise ValueError(f"scale must be two factors, 0 < smallest <= largest, but is {self.scale}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,9 +351,6 @@ class SegmentationRecipe(DenseRecipe):
         above=0,
         at_most=1,
     )
-    scale: list[float] = setting(
-        [0.5, 2.0], PIXELS, "enlarge a training image by a factor between these two, before it is cropped", above=0
-    )
     max_class_share: float = setting(
         1.0, PIXELS, "draw a crop again, up to ten times, in which a class has more of the pixels", above=0, at_most=1
     )
@@ -378,7 +380,44 @@ class SegmentationRecipe(DenseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (len(self.scale) == 2 and self.scale[0] <= self.scale[1]):
-            raise ValueError(f"scale must be two factors, 0 < smallest <= largest, but is {self.scale}.")
         if self.short_side is not None and self.view != "slide":
             raise ValueError("short_side is of view slide: with view whole, image_size says how large an image is.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRecipe(DenseRecipe):
+    """Detection with ViTDet's Mask R-CNN (arXiv 2203.16527, Appendix A.2: ViT-B on COCO, 100 epochs, batch 64)."""
+
+    objects_column: str = setting(
+        "objects", IMAGES, "column of a table with the boxes of each image: bbox (x, y, width, height) and category"
+    )
+    instance_masks: bool | None = setting(
+        None, MODEL, "predict a mask for each object, too; if not given: where the annotations have masks"
+    )
+    scale: list[float] = again(DenseRecipe, "scale", [0.1, 2.0])
+    color_jitter: float = again(DenseRecipe, "color_jitter", 0.0)
+
+    pyramid_channels: int | None = setting(
+        None, MODEL, "of the feature pyramid and the heads; 256, or the checkpoint's, if not given", at_least=1
+    )
+    box_head_channels: int | None = setting(
+        None, MODEL, "of the layer before boxes and classes; 1024, or the checkpoint's, if not given", at_least=1
+    )
+    anchor_size: int | None = setting(
+        None, MODEL, "pixels, the side of the smallest boxes to look for; two patches, or the checkpoint's", at_least=1
+    )
+    detections_per_image: int | None = setting(
+        None, MODEL, "at the most; 100, or the checkpoint's, if not given", at_least=1
+    )
+    window_size: int | None = setting(
+        None, MODEL, "patches on a side of attention windows, for very large images; 14 in ViTDet", at_least=0
+    )
+
+    epochs: int = again(Recipe, "epochs", 100)
+    base_lr: float = again(Recipe, "base_lr", 4e-4)
+    weight_decay: float = again(Recipe, "weight_decay", 0.1)
+    layer_decay: float = again(TransferRecipe, "layer_decay", 0.7)
+    lr_schedule: str = again(DenseRecipe, "lr_schedule", "steps")
+    paper_batch: ClassVar[int] = 64
+    paper_warmup: ClassVar[tuple[int, int]] = (250, 184_375)
+    output_dir: str = again(Recipe, "output_dir", "runs/detection")

@@ -208,6 +208,7 @@ def test_script__refuses_a_tracker_and_an_attention_that_are_not_installed() -> 
         ("run_pretrain", "--mask_ratio", "vit_base_imagenet"),
         ("run_finetune", "--eval_fraction", "finetune_vit_base"),
         ("run_segmentation", "--class_list", "vit_base_ade20k"),
+        ("run_detection", "--eval_fraction", "vit_base_coco_mask_rcnn"),
         ("run_linear_probe", "--base_lrs", "probe_vit_base"),
     ],
 )

@@ -27,8 +27,9 @@ def slow_map(classes: Tensor, part: Part, fill: int) -> Tensor:
             y = part.top + (row + 0.5) * (bottom - part.top) / rows
             x = part.left + (column + 0.5) * (right - part.left) / columns
             found[row, column] = classes[int(y), int(x)]
-    found = found.flip(1) if part.mirrored else found
-    return found.flip(0) if part.upside_down else found
+    inside = found[:rows, :columns].flip(1) if part.mirrored else found[:rows, :columns]
+    found[:rows, :columns] = inside.flip(0) if part.upside_down else inside.clone()
+    return found
 
 
 @pytest.mark.parametrize("seed", range(12))

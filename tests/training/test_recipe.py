@@ -8,7 +8,7 @@ import yaml
 from mae_hf.configuration_mae import SIZES
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.recipe import SIZE_NAMES, Recipe
-from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
+from mae_hf.training.tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,6 +27,8 @@ def recipe_class(name: str) -> type[Recipe]:
     """For which script a recipe of examples/recipes is."""
     if "probe" in name:
         return ProbeRecipe
+    if "detection" in name or "coco" in name:
+        return DetectionRecipe
     if "segmentation" in name or "ade20k" in name:
         return SegmentationRecipe
     return FinetuneRecipe if "finetune" in name or "scratch" in name else PretrainRecipe

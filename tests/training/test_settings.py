@@ -9,12 +9,14 @@ import pytest
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.recipe import Recipe
 from mae_hf.training.settings import may_change
-from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
+from mae_hf.training.tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 RECIPES = EXAMPLES / "recipes"
+
+TASKS = (PretrainRecipe, FinetuneRecipe, SegmentationRecipe, DetectionRecipe, ProbeRecipe)
 
 
 def parse(*words: str) -> PretrainRecipe:
@@ -60,7 +62,9 @@ ANY_LENGTH = {"knn_k", "base_lrs"}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e300", "1e-300", "-1", "1" + 31 * "0"])
-@pytest.mark.parametrize("recipe_class", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, ProbeRecipe])
+@pytest.mark.parametrize(
+    "recipe_class", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, DetectionRecipe, ProbeRecipe]
+)
 def test_range__of_every_number(recipe_class: type[Recipe], value: str) -> None:
     """Whatever is added to a recipe: no setting takes what is not a number, or what nothing can be computed with."""
     names = [one.name for one in fields(recipe_class) if {"int", "float"} & set(re.findall(r"\w+", str(one.type)))]
@@ -70,7 +74,9 @@ def test_range__of_every_number(recipe_class: type[Recipe], value: str) -> None:
             parse_recipe(recipe_class, [f"--{name}", value])
 
 
-@pytest.mark.parametrize("recipe_class", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, ProbeRecipe])
+@pytest.mark.parametrize(
+    "recipe_class", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, DetectionRecipe, ProbeRecipe]
+)
 def test_range__of_every_list(recipe_class: type[Recipe]) -> None:
     enough = ["--eval_split", "test", "--model_name_or_path", "a/b"] if recipe_class is not PretrainRecipe else []
     lists = {one.name for one in fields(recipe_class) if "list" in str(one.type)}
