@@ -54,7 +54,7 @@ from mae_hf.training.transfer import TransferRun
 # What may differ from the checkpoint.
 OF_RECIPE = (
     *("image_size", "drop_path_rate", "instance_masks", "pyramid_channels", "box_head_channels", "anchor_size"),
-    *("detections_per_image", "window_size"),
+    *("proposals_per_image", "detections_per_image", "window_size"),
 )
 
 

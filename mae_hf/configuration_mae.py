@@ -47,6 +47,7 @@ LARGEST: dict[str, int] = {
     "segmentation_channels": 2**15,
     "anchor_size": 2**15,
     "box_head_channels": 2**15,
+    "proposals_per_image": 2**15,
     "detections_per_image": 2**15,
 }
 MAY_BE_NONE = ("segmentation_channels", "anchor_size")
@@ -149,6 +150,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         anchor_size: pixels, the side of the smallest boxes that it looks for, from which others are found; it doubles
             from each level of the pyramid to the next. `None` means two patches, which is ViTDet's 32 at patches of 16.
         box_head_channels: of the layer that its boxes and classes are predicted from.
+        proposals_per_image: how many of the places that may have an object the heads learn from, in training.
         detections_per_image: how many it gives at the most.
         detection_threshold: the lowest score of a detection.
         out_features, out_indices: which of `stage_names` a backbone returns, by name or by number; the last block's if
@@ -199,6 +201,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     instance_masks: bool = True
     anchor_size: int | None = None
     box_head_channels: int = 1024
+    proposals_per_image: int = 512
     detections_per_image: int = 100
     detection_threshold: float | int = 0.05
 

@@ -84,7 +84,7 @@ def _heads(config: MAEConfig, num_labels: int) -> tuple[nn.Module, nn.Module]:
         FastRCNNPredictor(config.box_head_channels, num_labels + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
-        batch_size_per_image=512,
+        batch_size_per_image=config.proposals_per_image,
         positive_fraction=0.25,
         bbox_reg_weights=None,
         score_thresh=config.detection_threshold,

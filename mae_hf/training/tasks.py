@@ -406,6 +406,9 @@ class DetectionRecipe(DenseRecipe):
     anchor_size: int | None = setting(
         None, MODEL, "pixels, the side of the smallest boxes to look for; two patches, or the checkpoint's", at_least=1
     )
+    proposals_per_image: int | None = setting(
+        None, MODEL, "places that the heads learn from; 512, or the checkpoint's, if not given", at_least=1
+    )
     detections_per_image: int | None = setting(
         None, MODEL, "at the most; 100, or the checkpoint's, if not given", at_least=1
     )
