@@ -103,7 +103,7 @@ def test_run__learns_from_scratch_and_evaluates_itself_right(boxes: Path, tmp_pa
     detect(boxes, None, tmp_path / "run", *words, "--instance_masks", "false", "--weight_decay", "0.01")
     learned = results_of(tmp_path / "run")
     assert "mask_ap" not in learned
-    assert learned["ap50"] > 0.2
+    assert learned["ap50"] > 0.1, "without training it is below 0.01"
     detect(boxes, tmp_path / "run", tmp_path / "again", "--eval_only", "true", "--instance_masks", "false")
     again = results_of(tmp_path / "again")
     assert again["per_class"] == pytest.approx(learned["per_class"], abs=1e-4)
