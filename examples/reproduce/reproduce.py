@@ -67,6 +67,24 @@ DECODERS = {
         *("--decoder_num_hidden_layers", "8", "--decoder_num_attention_heads", "16"),
     ],
 }
+# As many steps at each number. The learning rates were chosen on training images that were held out, for each start.
+MASKS = {
+    "50": ["--epochs", "160", "--warmup_epochs", "16", "--eval_every", "160"],
+    "200": ["--epochs", "40", "--warmup_epochs", "4", "--eval_every", "40"],
+    "800": ["--epochs", "10", "--warmup_epochs", "1", "--eval_every", "10"],
+}
+STARTS = {
+    "scratch": ["--layer_decay", "1", "--base_lr", "1.6e-2"],
+    "pretrain": ["--base_lr", "4.8e-2"],
+    "imagenet": [
+        *("--layer_decay", "1", "--base_lr", "4.8e-2"),
+        *("--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5"),
+    ],
+}
+BOXES = {
+    "50": ["--epochs", "80", "--warmup_epochs", "8", "--eval_every", "80"],
+    "200": ["--epochs", "20", "--warmup_epochs", "2", "--eval_every", "20"],
+}
 BASELINE = "ab_ratio75"
 WITH_SEEDS = (BASELINE, "ab_cross", "ab_cross_longer")  # the comparison in which tenths of a point matter
 KNN = "20"  # the k that is shown, chosen beforehand
@@ -202,12 +220,50 @@ def decoder_jobs(data: Path, runs: Path) -> list[Job]:
     ]
 
 
+def composite_jobs(data: Path, runs: Path) -> list[Job]:
+    """Segmentation of composites at each number of labelled images: from scratch, from MAE, and a frozen rival."""
+    folder, pretrained = data / "composites", "composites/pretrain"
+    dataset = ["--dataset", str(folder / "unlabelled")]
+    jobs = [
+        Job(pretrained, ["run_pretrain.py", "--recipe", recipe("composites_pretrain"), *dataset], "model.safetensors")
+    ]
+    words = ["--recipe", recipe("composites_segmentation"), "--dataset", str(folder / "labelled")]
+    words += ["--class_list", str(folder / "classes.txt")]
+    for seed in SEEDS:
+        for count, settings in MASKS.items():
+            of_run = [*words, "--labelled_images", count, *settings, "--seed", str(seed)]
+            for start, of_start in STARTS.items():
+                script = "reproduce/frozen_imagenet.py" if start == "imagenet" else "run_segmentation.py"
+                model = ["--model_name_or_path", str(runs / pretrained)] if start == "pretrain" else []
+                after = pretrained if start == "pretrain" else None
+                name = f"composites/{start}_{count}_s{seed}"
+                jobs.append(Job(name, [script, *of_run, *model, *of_start], "results.json", after))
+    return jobs
+
+
+def tree_jobs(data: Path, runs: Path) -> list[Job]:
+    """Detection of trees at two numbers of labelled tiles: from scratch and from MAE."""
+    folder, pretrained = data / "trees", "trees/pretrain"
+    dataset = ["--dataset", str(folder / "unlabelled")]
+    jobs = [Job(pretrained, ["run_pretrain.py", "--recipe", recipe("trees_pretrain"), *dataset], "model.safetensors")]
+    words = ["run_detection.py", "--recipe", recipe("trees_detection"), "--dataset", str(folder / "labelled")]
+    for seed in SEEDS:
+        for count, settings in BOXES.items():
+            of_run = [*words, "--labelled_images", count, *settings, "--seed", str(seed)]
+            from_mae = ["--model_name_or_path", str(runs / pretrained)]
+            jobs.append(Job(f"trees/pretrain_{count}_s{seed}", [*of_run, *from_mae], "results.json", pretrained))
+            jobs.append(Job(f"trees/scratch_{count}_s{seed}", [*of_run, "--layer_decay", "1"], "results.json"))
+    return jobs
+
+
 JOBS: dict[str, Callable[[Path, Path], list[Job]]] = {
     "fashion_mnist": fashion_mnist_jobs,
     "vit_mae": vit_mae_jobs,
     "ablations": ablation_jobs,
     "solar_cells": solar_cell_jobs,
     "decoders": decoder_jobs,
+    "composites": composite_jobs,
+    "trees": tree_jobs,
 }
 
 

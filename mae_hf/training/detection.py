@@ -5,6 +5,7 @@ C channels  H,W image  h,w as the model sees it  n objects
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,16 @@ def evaluate_detector(
     return DetectionMetrics(boxes, masks, per_class, len(images), len(truth), fixed_ones, shown[:MOST_PICTURED])
 
 
+def refuse_unmeasured() -> None:
+    """Say before a training, and not after it, that what measures detections is missing.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if find_spec("faster_coco_eval") is None:
+        raise ValueError("Detections are measured by a package of its own: pip install faster-coco-eval.")
+
+
 def found_share(found: dict[str, Tensor], objects: Objects) -> float:
     """How much of an image is right, from 0 to 1: twice the hits over detections and objects, at an overlap of a half.
 
@@ -305,10 +316,8 @@ def _measured(
     with_masks: bool,
 ) -> tuple[dict[str, float | None], dict[str, float | None] | None, list[float | None]]:
     """COCO's numbers by its own rules."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise ValueError("Detections are measured by a package of its own: pip install faster-coco-eval.") from error
+    from faster_coco_eval import COCO, COCOeval_faster
+
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     numbered = [{**record, "id": number} for number, record in enumerate(truth, 1)]
     numbers: dict[str, dict[str, float | None]] = {}
