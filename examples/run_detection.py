@@ -162,15 +162,17 @@ def main(arguments: list[str] | None = None) -> None:
     # --- the loop
     random_part = RandomPart(view, recipe.scale, recipe.horizontal_flip, recipe.vertical_flip)
     looks = (random_part, color_jitter(recipe.color_jitter), recipe.image_mean)
-    steps = run.steps(ImagesWithObjects(source, *looks, config.num_channels, recipe.seed, with_masks), collate)
+    images = ImagesWithObjects(source, *looks, config.num_channels, recipe.seed, with_masks)
+    steps = run.steps(run.encoded_once(images, normalize), collate)
     run.evaluate_if_due(run.first_step, measure)
     for step in steps:
         for round_index, batch in enumerate(run.batches(step)):
             labels = [{name: t.to(run.device) for name, t in of_image.items()} for of_image in batch["labels"]]
             pixel_values, pixel_mask = normalize(batch["pixel_values"]), batch["pixel_mask"].to(run.device)
+            states = batch["states"].to(run.device) if "states" in batch else None
             # Drop path draws, and which of the boxes are learned from.
             torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))
-            run.backward(model(pixel_values, pixel_mask=pixel_mask, labels=labels).loss)
+            run.backward(model(pixel_values, pixel_mask=pixel_mask, labels=labels, states=states).loss)
         run.end_step(step)
         run.evaluate_if_due(step, measure)
         run.save_if_due(step)

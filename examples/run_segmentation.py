@@ -171,15 +171,17 @@ def main(arguments: list[str] | None = None) -> None:
     flips = (recipe.horizontal_flip, recipe.vertical_flip)
     random_part = RandomPart(view, recipe.scale, *flips, recipe.max_class_share)
     looks = (random_part, color_jitter(recipe.color_jitter), recipe.image_mean)
-    steps = run.steps(MaskedImages(source, *looks, config.num_channels, recipe.seed, classes))
+    images = MaskedImages(source, *looks, config.num_channels, recipe.seed, classes)
+    steps = run.steps(run.encoded_once(images, normalize))
     run.evaluate_if_due(run.first_step, measure)
     for step in steps:
         for round_index, batch in enumerate(run.batches(step)):
-            pixel_values, labels = (
-                batch[name].to(run.device, non_blocking=True) for name in ("pixel_values", "labels")
+            pixel_values, labels, states = (
+                None if (tensor := batch.get(name)) is None else tensor.to(run.device, non_blocking=True)
+                for name in ("pixel_values", "labels", "states")
             )
             torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))  # drop path draws
-            run.backward(model(normalize(pixel_values), labels=labels).loss)
+            run.backward(model(normalize(pixel_values), labels=labels, states=states).loss)
         run.end_step(step)
         run.evaluate_if_due(step, measure)
         run.save_if_due(step)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
@@ -89,6 +90,8 @@ class MAEDenseModel(MAEPreTrainedModel):
     """
 
     trains_position_table = True
+    # How many patches on a side the coarsest map has a position for: images are filled up to multiples of that.
+    coarsest: int = 1
     # What belongs to another task; and the encoder's norm, where the maps have their own or none.
     _keys_to_ignore_on_load_unexpected = [
         r"^decoder\.",
@@ -129,9 +132,16 @@ class MAEDenseModel(MAEPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        states: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], BaseModelOutputWithPooling]:
-        """`maps`, and the encoder's output with the hidden states and attentions asked for: see `MAEModel`."""
+        """`maps`, and the encoder's output with the hidden states and attentions asked for: see `MAEModel`.
+
+        With `states`, those of the method of this name, the encoder is not run again.
+        """
         grid_shape = grid_of(pixel_values, self.config, any_size=True)
+        if states is not None:
+            at_hand = dict(zip(sorted(set(self.source_of.values())), states.unbind(1), strict=True))
+            return self._maps_of(at_hand, grid_shape), BaseModelOutputWithPooling()
         patches = patchify(pixel_values, self.config.patch_shape)  # (B, N, PQC)
         blocks, asked_for = set(self.source_of.values()), chosen_states(output_hidden_states, self.config)
         encoded = self.vit.encode(
@@ -140,14 +150,31 @@ class MAEDenseModel(MAEPreTrainedModel):
             output_hidden_states=sorted(blocks | asked_for),
             output_attentions=output_attentions,
         )
-        states: Any = encoded.hidden_states
-        returned: Any = tuple(state if i in asked_for else None for i, state in enumerate(states))
+        of_blocks: Any = encoded.hidden_states
+        returned: Any = tuple(state if i in asked_for else None for i, state in enumerate(of_blocks))
         encoded.hidden_states = returned if asked_for else None
-        map_of = {block: self._as_map(states[block], block, grid_shape) for block in blocks}
+        return self._maps_of({block: of_blocks[block] for block in blocks}, grid_shape), encoded
+
+    def states(self, pixel_values: Tensor) -> Tensor:
+        """The outputs (B, blocks, 1 + N, D) that the maps are made of, which a frozen encoder computes just once."""
+        padded = self.filled_up(pixel_values)
+        patches = patchify(padded, self.config.patch_shape)  # (B, N, PQC)
+        grid_shape, blocks = grid_of(padded, self.config, any_size=True), sorted(set(self.source_of.values()))
+        of_blocks: Any = self.vit.encode(patches, grid_shape, output_hidden_states=blocks).hidden_states
+        return torch.stack([of_blocks[block] for block in blocks], dim=1)
+
+    def filled_up(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, C, H, W) with zeros, the mean, on the right and below, in whole positions of the coarsest map."""
+        down, across = (self.coarsest * side for side in self.config.patch_shape)
+        height, width = pixel_values.shape[-2:]
+        return F.pad(pixel_values, (0, -width % across, 0, -height % down))
+
+    def _maps_of(self, states: dict[int, Tensor], grid_shape: tuple[int, int]) -> dict[str, Tensor]:
+        map_of = {block: self._as_map(state, block, grid_shape) for block, state in states.items()}
         maps = {name: map_of[block] for name, block in self.source_of.items()}
         for name, level in self.pyramid.items() if self.pyramid is not None else ():
             maps[name] = level(maps[name])
-        return maps, encoded
+        return maps
 
     def _as_map(self, tokens: Tensor, block: int, grid_shape: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + N, D) -> the map of the patches, normed, (B, D, rows, columns)."""

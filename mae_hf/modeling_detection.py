@@ -110,6 +110,9 @@ class MAEForObjectDetection(MAEDenseModel):
     The classes of `config.id2label` are those of objects; there is none for the background. Images may be of any size.
     """
 
+    # So that the positions of each level, down to one coarser than the pyramid's, lie exactly where their anchors are.
+    coarsest = 4
+
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config, list(PYRAMID_SCALES), "simple")
         self.num_labels: int = config.num_labels  # type: ignore[assignment]  # transformers sets 2 if nothing is said
@@ -123,6 +126,7 @@ class MAEForObjectDetection(MAEDenseModel):
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: Sequence[dict[str, Tensor]] | None = None,
+        states: Tensor | None = None,
         **kwargs: Any,
     ) -> MAEObjectDetectionOutput:
         """Find objects; in training, say how far from the labels they are.
@@ -132,6 +136,7 @@ class MAEForObjectDetection(MAEDenseModel):
             pixel_mask: (B, H, W), 1 where there is an image; all is, if not given.
             labels: in training, for each image class_labels (n,) int64, boxes (n, 4), centre, width and height as
                 shares of the image's, and with `instance_masks` masks (n, H, W). An image may have no object.
+            states: what the method `states` has made of these images already.
 
         Returns:
             in training the losses, in evaluation the detections; of `labels` nothing is learned in evaluation.
@@ -141,13 +146,11 @@ class MAEForObjectDetection(MAEDenseModel):
             ValueError: the labels do not fit the images or the model.
         """
         refuse_unknown(self, kwargs)
-        height, width = pixel_values.shape[-2:]
-        # So that each level's positions, down to the coarsest, lie exactly where their anchors are.
-        down, across = (4 * side for side in self.config.patch_shape)
-        padded = F.pad(pixel_values, (0, -width % across, 0, -height % down))
+        padded = self.filled_up(pixel_values)
         sizes = _sizes(pixel_values, pixel_mask)
         targets = self._targets(labels, sizes) if self.training else None
-        levels = OrderedDict(self.maps(padded))
+        maps, _ = self.maps_and_encoded(padded, states=states)
+        levels = OrderedDict(maps)
         with_coarser = OrderedDict(levels)
         with_coarser["p6"] = F.max_pool2d(levels["p5"], 1, 2)
         images = _torchvision()[0].image_list.ImageList(padded, sizes)

@@ -38,6 +38,7 @@ class MAEForSemanticSegmentation(MAEDenseModel):
         self.decode_head: nn.Module = self._classifier(width)
         self.auxiliary_head: nn.Module | None = None
         if not is_linear:
+            self.coarsest = 2
             # It has words of its own: its hidden_size is the channels of the head.
             of_head = UperNetConfig(hidden_size=channels)
             self.decode_head = UperNetHead(of_head, [width] * len(PYRAMID_SCALES))
@@ -64,6 +65,7 @@ class MAEForSemanticSegmentation(MAEDenseModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        states: Tensor | None = None,
         **kwargs: Any,
     ) -> SemanticSegmenterOutput:
         """Give each pixel a score for each class.
@@ -73,6 +75,7 @@ class MAEForSemanticSegmentation(MAEDenseModel):
                 filled up on the right and below, and cut off again. In training, batch norms need more than one image.
             labels: (B, H, W) int64, the class of each pixel; `config.semantic_loss_ignore_index` where it is unknown.
             output_hidden_states, output_attentions: of the encoder, see `MAEModel`.
+            states: what the method `states` has made of these images already.
 
         Returns:
             loss () if labels were given: the mean over the images of the mean cross-entropy of their pixels that have a
@@ -90,10 +93,8 @@ class MAEForSemanticSegmentation(MAEDenseModel):
                 f"The labels are {tuple(labels.shape)}, but must be (batch, height, width) of the images, "
                 f"{(len(pixel_values), height, width)}."
             )
-        # The coarsest map of UperNet has a position for two patches.
-        across, down = (side * (1 if self.pyramid is None else 2) for side in reversed(self.config.patch_shape))
-        padded = F.pad(pixel_values, (0, -width % across, 0, -height % down))
-        by_name, encoded = self.maps_and_encoded(padded, output_hidden_states, output_attentions)
+        padded = self.filled_up(pixel_values)
+        by_name, encoded = self.maps_and_encoded(padded, output_hidden_states, output_attentions, states)
         maps = list(by_name.values())
 
         def scores(head: nn.Module, maps: Any) -> Tensor:

@@ -3,6 +3,7 @@
 huggingface_hub reads its settings when it is imported, so they are set before.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -132,4 +133,28 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image[place] = [220, 30, 30] if number == 1 else np.where(np.arange(12)[:, None, None] % 4 < 2, 240, 10)
         Image.fromarray(image).save(folder / "images" / f"{index}.png")
         Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def boxes(fields: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fields, their annotations in COCO's form: boxes and polygons of the two fields; the last image has none."""
+    folder = tmp_path_factory.mktemp("boxes")
+    shutil.copytree(fields / "images", folder / "images")
+    images, annotations = [], []
+    for path in sorted((folder / "images").iterdir(), key=lambda path: int(path.stem)):
+        number = int(path.stem)
+        images.append({"id": number, "file_name": path.name, "width": 32, "height": 32})
+        mask = np.asarray(Image.open(fields / "masks" / path.name))
+        for category in (1, 2) if number < 13 else ():
+            rows, columns = np.nonzero(mask == category)
+            if len(rows):
+                x, y, right, bottom = (int(n) for n in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+                polygon = [[x, y, right, y, right, bottom, x, bottom]]
+                box = [x, y, right - x, bottom - y]
+                one = {"image_id": number, "category_id": category, "bbox": box, "segmentation": polygon}
+                annotations.append(one)
+    names = [{"id": 1, "name": "red field"}, {"id": 2, "name": "striped field"}]
+    content = {"images": images, "annotations": annotations, "categories": names}
+    (folder / "annotations.json").write_text(json.dumps(content))
     return folder

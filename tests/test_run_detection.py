@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import run_detection
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEForObjectDetection
+from mae_hf.training import transfer
 
 pytest.importorskip("faster_coco_eval", reason="pip install faster-coco-eval")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -28,30 +28,6 @@ SMALL = [
     *("--base_lr", "0.1", "--eval_fraction", "0.3", "--image_size", "32", "--pyramid_channels", "16"),
     *("--box_head_channels", "32", "--proposals_per_image", "32", "--detections_per_image", "5"),
 ]
-
-
-@pytest.fixture(scope="module")
-def boxes(fields: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fields, their annotations in COCO's form: boxes and polygons of the two fields; the last image has none."""
-    folder = tmp_path_factory.mktemp("boxes")
-    shutil.copytree(fields / "images", folder / "images")
-    images, annotations = [], []
-    for path in sorted((folder / "images").iterdir(), key=lambda path: int(path.stem)):
-        number = int(path.stem)
-        images.append({"id": number, "file_name": path.name, "width": 32, "height": 32})
-        mask = np.asarray(Image.open(fields / "masks" / path.name))
-        for category in (1, 2) if number < 13 else ():
-            rows, columns = np.nonzero(mask == category)
-            if len(rows):
-                x, y, right, bottom = (int(n) for n in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
-                polygon = [[x, y, right, y, right, bottom, x, bottom]]
-                box = [x, y, right - x, bottom - y]
-                one = {"image_id": number, "category_id": category, "bbox": box, "segmentation": polygon}
-                annotations.append(one)
-    names = [{"id": 1, "name": "red field"}, {"id": 2, "name": "striped field"}]
-    content = {"images": images, "annotations": annotations, "categories": names}
-    (folder / "annotations.json").write_text(json.dumps(content))
-    return folder
 
 
 def detect(dataset: Path, checkpoint: Path | None, output_dir: Path, *arguments: str) -> list[dict]:
@@ -140,6 +116,24 @@ def test_interrupted__ends_like_undisturbed(
     assert evaluations[0] == evaluations[1]
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_freeze__features_that_are_always_alike_are_computed_once(
+    boxes: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--freeze", "3", "--drop_path_rate", "0", "--scale", "1", "1", "--horizontal_flip", "false"]
+    once = detect(boxes, checkpoint, tmp_path / "once", *words, "--epochs", "2")
+    assert "10 images encoded once" in capsys.readouterr().out
+    monkeypatch.setattr(transfer, "is_always_alike", lambda recipe, depth: False)
+    again = detect(boxes, checkpoint, tmp_path / "again", *words, "--epochs", "2")
+    assert losses(once) == pytest.approx(losses(again), abs=1e-4)
+    before, after = weights(checkpoint), weights(tmp_path / "once")
+    changed = {name for name in after if name in before and not torch.equal(before[name], after[name])}
+    assert all(name.startswith("vit.layernorm.") for name in changed)
 
 
 def test_detector__goes_on_with_its_heads_or_new_ones(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEForSemanticSegmentation
+from mae_hf.training import transfer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -137,6 +138,31 @@ def test_freeze__leaves_the_encoder_as_it_was(fields: Path, checkpoint: Path, tm
     before, after = weights(checkpoint), weights(tmp_path / "run")
     changed = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert all(name.startswith("vit.layernorm.") for name in changed)
+
+
+@pytest.mark.parametrize("head", ["upernet", "linear"])
+def test_freeze__features_that_are_always_alike_are_computed_once(
+    head: str,
+    fields: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--freeze", "3", "--drop_path_rate", "0", "--scale", "1", "1", "--horizontal_flip", "false"]
+    words += ["--color_jitter", "0", "--segmentation_head", head, "--epochs", "2"]
+    once = segment(fields, checkpoint, tmp_path / "once", *words)
+    assert "10 images encoded once" in capsys.readouterr().out
+    monkeypatch.setattr(transfer, "is_always_alike", lambda recipe, depth: False)
+    again = segment(fields, checkpoint, tmp_path / "again", *words)
+    assert "encoded once" not in capsys.readouterr().out
+    assert losses(once) == pytest.approx(losses(again), abs=1e-5)
+    one, other = weights(tmp_path / "once"), weights(tmp_path / "again")
+    assert all(torch.allclose(one[name].float(), other[name].float(), atol=1e-4) for name in one)
+    # Whatever is random about an image is computed anew.
+    monkeypatch.undo()
+    segment(fields, checkpoint, tmp_path / "flipped", *words, "--vertical_flip", "true")
+    assert "encoded once" not in capsys.readouterr().out
 
 
 def test_segmenter__goes_on_with_its_head_or_a_new_one(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_detection
 import run_finetune
 import run_linear_probe
 import run_segmentation
@@ -22,9 +23,20 @@ pytestmark = pytest.mark.slow
 COMMON = ["--eval_fraction", "0.25", "--total_batch_size", "8", "--per_device_batch_size", "2", "--num_workers", "1"]
 COMMON += ["--epochs", "60", "--warmup_epochs", "1", "--log_every", "3", "--save_every", "1000"]
 OF_MAPS = ["--image_size", "32", "--segmentation_channels", "16"]
+OF_BOXES = [
+    "--image_size",
+    "48",
+    "--pyramid_channels",
+    "16",
+    "--box_head_channels",
+    "32",
+    "--proposals_per_image",
+    "16",
+]
 SCRIPTS = {
     "finetune": [run_finetune.__file__, "--ema_decay", "0.9", "--eval_every", "20", "--drop_path_rate", "0.2"],
     "segmentation": [run_segmentation.__file__, *OF_MAPS, "--ema_decay", "0.9", "--eval_every", "20"],
+    "detection": [run_detection.__file__, *OF_BOXES, "--eval_every", "20", "--drop_path_rate", "0.2"],
     "linear": [run_linear_probe.__file__, "--base_lrs", "1", "3"],
     "attentive": [run_linear_probe.__file__, "--probe", "attentive", "--base_lr", "0.01", "--attention_heads", "2"],
     "features at hand": [run_linear_probe.__file__, "--augment", "false", "--base_lr", "1"],
@@ -54,18 +66,11 @@ def finish(processes: list[subprocess.Popen[str]], code: int) -> None:
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_stopped_in_two_processes__ends_like_undisturbed(
-    kind: str, pets: Path, fields: Path, checkpoint: Path, tmp_path: Path
+    kind: str, pets: Path, fields: Path, boxes: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     script, *settings = SCRIPTS[kind]
-    words = [
-        script,
-        "--dataset",
-        str(fields if kind == "segmentation" else pets),
-        "--model_name_or_path",
-        str(checkpoint),
-        *COMMON,
-        *settings,
-    ]
+    dataset = {"segmentation": fields, "detection": boxes}.get(kind, pets)
+    words = [script, "--dataset", str(dataset), "--model_name_or_path", str(checkpoint), *COMMON, *settings]
     finish(start_two([*words, "--output_dir", str(tmp_path / "whole")]), 0)
     processes = start_two([*words, "--output_dir", str(tmp_path / "cut")])
     assert processes[0].stdout is not None

@@ -105,7 +105,8 @@ def boxes_of(masks: Tensor, boxes: Tensor) -> Tensor:
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of which images may have any number of objects."""
-    stacked = {name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "pixel_mask")}
+    stackable: list[str] = [name for name in ("pixel_values", "pixel_mask", "states") if name in samples[0]]
+    stacked = {name: torch.stack([sample[name] for sample in samples]) for name in stackable}
     lists = {name: [sample[name] for sample in samples] for name in ("labels", "problem")}
     return {**stacked, **lists}
 

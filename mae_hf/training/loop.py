@@ -35,6 +35,7 @@ from .augment import Normalize
 from .baseline import doubts
 from .evaluate import evaluation_batches, predict
 from .faults import StopSignal
+from .frozen import EncodedOnce
 from .hub import HubPush
 from .launcher import best_precision, check_launcher, main_process_first
 from .optim import lr_at
@@ -192,7 +193,9 @@ class Run:
     def steps(self, images: Samples, collate: Callable[[list[Any]], Any] | None = None) -> Iterator[int]:
         """Each step that is not done yet, counted from 1, with its learning rate set; see `samples.batches`."""
         schedule, recipe = self.schedule, self.recipe
-        division = (self.first_step, self.accelerator.process_index, recipe.num_workers, recipe.shuffle_buffer)
+        # What is in memory already would have to be sent to workers, and back.
+        num_workers = 0 if isinstance(images, EncodedOnce) else recipe.num_workers
+        division = (self.first_step, self.accelerator.process_index, num_workers, recipe.shuffle_buffer)
         return self.steps_from(
             batches(images, schedule, *division, collate),
             lambda step: names_of_step(images, schedule, step, recipe.shuffle_buffer),

@@ -89,12 +89,17 @@ def extract_features(
     return apply_to_images(encode, heeded(batches), max_skipped_images)
 
 
-def check_features_fit(num_images: int | None, numbers: int) -> None:
+def check_features_fit(
+    num_images: int | None,
+    numbers: int,
+    instead: str = "--augment true, with which an attentive probe keeps no tokens",
+) -> None:
     """Refuse features of all images that do not fit in the memory of this machine, once for each of its processes.
 
     Args:
         num_images: M, or None for a stream that does not know.
         numbers: float32, of each image.
+        instead: which setting needs less memory.
 
     Raises:
         ValueError: with the sizes. While they are put together, `extract_features` has them twice.
@@ -105,8 +110,7 @@ def check_features_fit(num_images: int | None, numbers: int) -> None:
         raise ValueError(
             f"The features of {num_images:,} images take {needed / 1e9:,.3g} GB in the memory of each process, and "
             f"twice that while they are put together; {free / 1e9:,.3g} GB are free, for {processes} of them. Take "
-            f"fewer processes on a machine, or fewer images; or --augment true, with which an attentive probe keeps no "
-            f"tokens."
+            f"fewer processes on a machine, or fewer images; or {instead}."
         )
 
 

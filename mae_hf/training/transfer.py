@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .frozen import EncodedOnce, is_always_alike
 from .loop import Run, number_of_parameters
 from .optim import freeze, layerwise_groups
+from .samples import Samples
 
 
 class Metrics(Protocol):
@@ -77,6 +80,21 @@ class TransferRun(Run):
         self.processor = processor
         self.parameters = number_of_parameters(self.bare_model)
         return model
+
+    def encoded_once(self, images: Samples, look: Callable[[Tensor], Tensor]) -> Samples:
+        """The samples, with what a frozen encoder makes of them if that is the same in every epoch; and said.
+
+        Args:
+            images: to train on.
+            look: pixels -> normalised.
+        """
+        if not is_always_alike(self.recipe, self.bare_model.config.num_hidden_layers):
+            return images
+        with self.accelerator.autocast():
+            batch_size = self.recipe.per_device_batch_size
+            encoded = EncodedOnce(images, self.bare_model, look, batch_size, self.stop.heeded)
+        self.say(f"features  {len(encoded.samples):,} images encoded once, as nothing about them is random")
+        return encoded
 
     def about_model(self, is_new_head: bool) -> dict[str, str]:
         """What is said of the model before the run begins."""
