@@ -28,7 +28,7 @@ from mae_hf.patches import sincos_position_table
 from mae_hf.training.augment import image_processor
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.sources import open_source
-from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe, ProbeRecipe
+from mae_hf.training.tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
 
 EXAMPLES = reproduce.EXAMPLES
 DATA, RUNS = Path("data"), Path("runs")
@@ -36,7 +36,10 @@ RECIPE_OF_SCRIPT = {
     "run_pretrain.py": PretrainRecipe,
     "run_finetune.py": FinetuneRecipe,
     "run_linear_probe.py": ProbeRecipe,
+    "run_segmentation.py": SegmentationRecipe,
+    "run_detection.py": DetectionRecipe,
     "benchmarks/vit_mae.py": PretrainRecipe,
+    "reproduce/frozen_imagenet.py": SegmentationRecipe,
     "reproduce/baselines.py": ProbeRecipe,
 }
 
@@ -150,11 +153,17 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
         first = next(index for index, word in enumerate(words) if word.startswith("--"))
         settings = words[first:]  # vit_mae.py and baselines.py have a word before
         recipe = parse_recipe(RECIPE_OF_SCRIPT[script], settings)
-        assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold")), job.name
+        assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold", "data/composites/", "data/trees/")), (
+            job.name
+        )
         assert recipe.model_name_or_path == (None if job.after is None else str(RUNS / job.after)), job.name
         if job.after is not None and part != "ablations":
             assert names.index(job.after) < names.index(job.name), "a job waits for a later one"
-        if script == "run_finetune.py":  # the evaluation set is the test split, which no setting was chosen by
+        if script in (
+            "run_finetune.py",
+            "run_segmentation.py",
+            "run_detection.py",
+        ):  # the evaluation set is the test split, which no setting was chosen by
             assert (recipe.split, recipe.eval_split) == ("train", "test")
 
 
@@ -359,6 +368,11 @@ def fake_runs(tmp_path: Path) -> Path:
             write(job.name, {"top1": 0.6 + 0.01 * tail, "knn": {"10": 0.3, "20": 0.4}})
         elif kind == "ft":
             write(job.name, {"top1": 0.5 + 0.01 * tail, "balanced_accuracy": 0.1 * tail})
+    for job in chosen_jobs(["composites", "trees"], None, DATA, RUNS):
+        if job.result == "results.json":
+            tail = 0.01 * int(job.name[-1])
+            overlaps = {"miou": 0.1 + tail, "foreground_iou": 0.3 + tail, "background_iou": 0.9}
+            write(job.name, {**overlaps, "ap50": 0.7 + tail, "ap": 0.2})
     write("elpv/baselines", {m: {"balanced_accuracy": [0.7] * FOLDS} for m in ("pixels", "efficientnet")})
     write("fashion_mnist/speed", {n: {"median": 800.0, "lowest": 700.0, "highest": 900.0} for n in ABLATIONS})
     return tmp_path
@@ -371,9 +385,11 @@ def test_tables__show_every_result(fake_runs: Path) -> None:
     assert "| from scratch | 51.0 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
     assert "| from scratch | 0.0 | 10.0 | 20.0 | 30.0 | 40.0 | 20.0 ± 15.8 |" in text
     assert "| raw pixels | 60.0 | 40.0 |" in text
+    assert "| frozen ImageNet EfficientNet-Lite0 | 31.0 ± 1.0 | 31.0 ± 1.0 | 31.0 ± 1.0 |" in text
+    assert "| MAE | 71.0 ± 1.0 | 71.0 ± 1.0 |" in text
     assert "| mask_tokens_in_encoder true | 60.0 | 40.0 | 800 |" in text
     assert "| decoder_type cross prediction_ratio 0.33 | 61.0 ± 1.0 | 40.0 ± 0.0 | 800 |" in text
-    assert text.count("800 |") == len(ABLATIONS)
+    assert len(re.findall(r" 800 \|\n", text)) == len(ABLATIONS) + 2  # and two numbers of labelled images
 
 
 def test_tables__leave_out_what_is_not_there(tmp_path: Path) -> None:
@@ -408,5 +424,9 @@ def test_main__data_then_tables_and_plots(fake_runs: Path, tmp_path: Path, monke
         reproduce.main(["data", "tables", "plots", "--data", str(tmp_path / "data"), "--runs", str(fake_runs)])
     assert (tmp_path / "data" / "tiny").is_dir()
     assert len(made) == 1
-    assert json.loads((tmp_path / "results.json").read_text()) == collect(fake_runs)
+    found = {part: of_part for part, of_part in collect(fake_runs).items() if of_part}
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    # What was measured elsewhere stays.
+    reproduce.main(["tables", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "none")])
+    assert json.loads((tmp_path / "results.json").read_text()) == found
     assert (tmp_path / "ablations.png").exists()

@@ -2,11 +2,13 @@
 
     python examples/reproduce/reproduce.py data                                  # needs prepare_data.py's two packages
     python examples/reproduce/reproduce.py fashion_mnist ablations solar_cells --jobs 2
+    python examples/reproduce/reproduce.py composites trees --jobs 2
     python examples/reproduce/reproduce.py speed                                 # on a machine that does nothing else
     python examples/reproduce/reproduce.py tables plots
 
 A result is a run of one of the other scripts, with a recipe of recipes/; --list shows the commands. What is in
-the folder of runs already is not made again, so this can be interrupted and gone on with; --only NAME makes some of it.
+the folder of runs already is not made again, and what results.json has of a part without runs stays, so this can be
+interrupted and gone on with; --only NAME makes some of it.
 Nothing is tuned on a test split, here or in the recipes.
 """
 
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
@@ -371,7 +373,8 @@ def collect(runs: Path) -> dict:
 
     finetune: {encoder: {labels a class: [top-1 of each seed]}}; probe: {encoder: {linear, knn}}, each of them [accuracy
     of each seed of pre-training]; speed: {ablation: {median, lowest, highest}}; solar_cells: {method: [balanced
-    accuracy of each fold]}; decoders: {decoder: [loss of the last 40 steps, of each seed]}.
+    accuracy of each fold]}; decoders: {decoder: [loss of the last 40 steps, of each seed]}; masks, boxes: see
+    `of_labelled`.
     """
 
     def results(name: str) -> dict | None:
@@ -411,7 +414,35 @@ def collect(runs: Path) -> dict:
         for name, of_seeds in logs.items()
         if all(log.exists() for log in of_seeds)
     }
-    return {"finetune": finetune, "probe": probe, "speed": speed, "solar_cells": solar_cells, "decoders": decoders}
+    masks = of_labelled("composites", STARTS, MASKS, ("miou", "foreground_iou", "background_iou"), percent)
+    boxes = of_labelled("trees", ("scratch", "pretrain"), BOXES, ("ap50", "ap"), percent)
+    return {
+        "finetune": finetune,
+        "probe": probe,
+        "speed": speed,
+        "solar_cells": solar_cells,
+        "decoders": decoders,
+        "masks": masks,
+        "boxes": boxes,
+    }
+
+
+def of_labelled(
+    folder: str,
+    starts: Iterable[str],
+    counts: Iterable[str],
+    measures: Sequence[str],
+    percent: Callable[[list[str], Callable[[dict], float]], list[float]],
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """{start: {labelled images: {measure: [of each seed]}}} of the runs in a folder that are there."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for start in starts:
+        for count in counts:
+            names = [f"{folder}/{start}_{count}_s{seed}" for seed in SEEDS]
+            scores = {measure: percent(names, itemgetter(measure)) for measure in measures}
+            if all(scores.values()):
+                found.setdefault(start, {})[count] = scores
+    return found
 
 
 def mean_and_spread(scores: list[float] | None) -> str:
@@ -430,8 +461,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def tables(results: dict) -> str:
     """The README's tables."""
-    parts = ("finetune", "probe", "speed", "solar_cells", "decoders")
-    finetune, probe, speed, cells, decoders = (results[name] for name in parts)
+    parts = ("finetune", "probe", "speed", "solar_cells", "decoders", "masks", "boxes")
+    finetune, probe, speed, cells, decoders, masks, boxes = (results.get(name, {}) for name in parts)
 
     def probes(encoder: str) -> list[str]:
         return [mean_and_spread(probe.get(encoder, {}).get(kind)) for kind in ("linear", "knn")]
@@ -473,6 +504,21 @@ def tables(results: dict) -> str:
         [name, *(f"{loss:.3f}" for loss in losses), f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"]
         for name, losses in decoders.items()
     ]
+    titles = {"scratch": "from scratch", "pretrain": "MAE", "imagenet": "frozen ImageNet EfficientNet-Lite0"}
+
+    def of_dense(what: str, found: dict, counts: Iterable[str], measures: dict[str, str]) -> list[str]:
+        """A table for each measure: a row a start, a column a number of labelled images."""
+        return [
+            markdown(
+                [f"{what}, {title}, labelled images", *counts],
+                [
+                    [titles[start], *(mean_and_spread(of_start.get(n, {}).get(measure)) for n in counts)]
+                    for start, of_start in found.items()
+                ],
+            )
+            for measure, title in measures.items()
+        ]
+
     fold_names = [f"fold {number}" for number in range(FOLDS)]
     return "\n".join(
         [
@@ -483,6 +529,8 @@ def tables(results: dict) -> str:
                 by_ablation,
             ),
             markdown(["solar cells, balanced accuracy", *fold_names, "mean"], by_method),
+            *of_dense("composites", masks, MASKS, {"miou": "mIoU", "foreground_iou": "IoU of the objects"}),
+            *of_dense("trees", boxes, BOXES, {"ap50": "AP50"}),
             markdown(["solar cells, loss", *(f"seed {seed}" for seed in SEEDS), "mean"], by_decoder),
         ]
     )
@@ -561,7 +609,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "speed" in chosen.parts:
         measure_speed(chosen.runs / "fashion_mnist" / "speed" / "results.json")
     if "tables" in chosen.parts:
-        results = collect(chosen.runs)
+        made = {part: found for part, found in collect(chosen.runs).items() if found}
+        results = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **made}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(tables(results))
     if "plots" in chosen.parts:
