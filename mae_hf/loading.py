@@ -34,7 +34,8 @@ WRAPPER_KEYS = {r"^(?:module\.|_orig_mod\.)+": "", r"\._orig_mod\.": "."}
 # The parts of a model by the names of their weights. (The mask token of a ViT is for masked images, and nobody's here.)
 ENCODER_PART = re.compile(r"(?:vit\.)?(embeddings(?=\.(?!mask_token$))|layers\.\d+(?=\.)|layernorm(?=\.))")
 OTHER_PART = re.compile(r"(decoder|fc_norm|classifier|decode_head|auxiliary_head|rpn|roi_heads)\.")
-# What the models of maps have on the encoder, and the others leave behind.
+# What other tasks have beside the encoder, and a model leaves behind.
+PARTS_OF_PRETRAINING = [r"^decoder\.", r"^encoder_mask_token$"]
 PARTS_OF_MAPS = [r"^norms\.", r"^pyramid\.", r"^decode_head\.", r"^auxiliary_head\.", r"^rpn\.", r"^roi_heads\."]
 
 # Bytes. The format allows 100 MB, which take minutes to read; a ViT of 500 layers has 1 MB.

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import PYRAMID_SCALES, MAEConfig
 from .inputs import chosen_states, grid_of, refuse_unknown
-from .loading import PARTS_OF_MAPS
+from .loading import PARTS_OF_MAPS, PARTS_OF_PRETRAINING
 from .modeling_mae import MAEModel, MAEPreTrainedModel
 from .patches import patchify
 
@@ -94,8 +94,7 @@ class MAEDenseModel(MAEPreTrainedModel):
     coarsest: int = 1
     # What belongs to another task; and the encoder's norm, where the maps have their own or none.
     _keys_to_ignore_on_load_unexpected = [
-        r"^decoder\.",
-        r"^encoder_mask_token$",
+        *PARTS_OF_PRETRAINING,
         r"^fc_norm\.",
         r"^classifier\.",
         r"^(vit\.)?layernorm\.",

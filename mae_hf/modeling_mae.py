@@ -28,7 +28,7 @@ from .inputs import (
     windows_of,
 )
 from .layers import DecoderLayers, MAELayer, pool
-from .loading import PARTS_OF_MAPS, CheckpointModel
+from .loading import PARTS_OF_MAPS, PARTS_OF_PRETRAINING, CheckpointModel
 from .masking import replace_hidden, restore, take
 from .patches import normalize_patches, patchify, resize_position_table, sincos_position_table
 from .reconstruction import ReconstructionMixin
@@ -195,13 +195,7 @@ class MAEModel(MAEPreTrainedModel):
     """
 
     # The decoder of a pre-training checkpoint and the head of a classifier are not part of the encoder.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^decoder\.",
-        r"^encoder_mask_token$",
-        r"^fc_norm\.",
-        r"^classifier\.",
-        *PARTS_OF_MAPS,
-    ]
+    _keys_to_ignore_on_load_unexpected = [*PARTS_OF_PRETRAINING, *PARTS_OF_MAPS, r"^fc_norm\.", r"^classifier\."]
 
     def __init__(self, config: MAEConfig, final_norm: bool = True) -> None:
         super().__init__(config)
@@ -381,12 +375,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
     trains_position_table = True
     # Loading a pre-training checkpoint leaves these behind; only what is new, the head and fc_norm, is worth a word.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^decoder\.",
-        r"^encoder_mask_token$",
-        r"^(vit\.)?layernorm\.",
-        *PARTS_OF_MAPS,
-    ]
+    _keys_to_ignore_on_load_unexpected = [*PARTS_OF_PRETRAINING, *PARTS_OF_MAPS, r"^(vit\.)?layernorm\."]
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
