@@ -48,7 +48,7 @@ from mae_hf.training.pictures import save_boxes
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.segmentation import MOST_PICTURED
 from mae_hf.training.sources import seed_of
-from mae_hf.training.starting_weights import keeps_head, load_with_encoder, renew
+from mae_hf.training.starting_weights import as_asked, keeps_head, load_with_encoder, renew
 from mae_hf.training.tasks import DetectionRecipe
 from mae_hf.training.transfer import TransferRun
 
@@ -82,11 +82,7 @@ def build_model(recipe: DetectionRecipe, label_names: list[str]) -> tuple[MAEFor
         is_new_head = not keeps_head(recipe.model_name_or_path, had_head, of_head, label_names, recipe.eval_only)
         if is_new_head:
             renew(model, type(model.roi_heads.box_predictor))
-    if recipe.attn_implementation:
-        model.set_attn_implementation(recipe.attn_implementation)
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model, is_new_head
+    return as_asked(model, recipe), is_new_head
 
 
 def report(metrics: DetectionMetrics, label_names: list[str], path: Path, say: Callable[[str], None]) -> None:
@@ -139,11 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
 
     if recipe.eval_only:
-        metrics = measure(model.to(run.device))
-        with run.folder.exporting(accelerator) as path:
-            if run.is_main:
-                report(metrics, label_names, path, say)
-        say(f"{eval_source.name}: {metrics.sentence()}")
+        run.evaluate_only(model, measure, lambda found, path: report(found, label_names, path, say), eval_source.name)
         return
 
     # --- the optimizer; resume if the folder has a checkpoint
@@ -162,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     # --- the loop
     random_part = RandomPart(view, recipe.scale, recipe.horizontal_flip, recipe.vertical_flip)
     looks = (random_part, color_jitter(recipe.color_jitter), recipe.image_mean)
-    images = ImagesWithObjects(source, *looks, config.num_channels, recipe.seed, with_masks)
+    images = ImagesWithObjects(source, with_masks, *looks, config.num_channels, recipe.seed)
     steps = run.steps(run.encoded_once(images, normalize), collate)
     run.evaluate_if_due(run.first_step, measure)
     for step in steps:
@@ -179,15 +171,12 @@ def main(arguments: list[str] | None = None) -> None:
     run.end_steps()
 
     # --- the model, its processor, its metrics and its card
-    metrics = run.metrics or measure(run.result)  # a finished run that was started again has none
-    with run.folder.exporting(accelerator) as path:
-        run.save_model(path)
-        if run.is_main:
-            report(metrics, label_names, path, say)
-            of_data = (source.name, eval_source.name, run.folder.history())
-            write_detector_card(path, recipe, *of_data, run.parameters, metrics, label_names)
-    run.end(f"Detection, trained for {run.total_steps} steps")
-    run.say_where()
+    def write(metrics: Any, path: Path) -> None:
+        report(metrics, label_names, path, say)
+        of_data = (source.name, eval_source.name, run.folder.history())
+        write_detector_card(path, recipe, *of_data, run.parameters, metrics, label_names)
+
+    run.export(measure, write, "Detection, trained")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sources import ImageSource, open_labelled, seed_of
-from mae_hf.training.starting_weights import keeps_head, load_with_encoder, other_view, renew
+from mae_hf.training.starting_weights import as_asked, keeps_head, load_with_encoder, other_view, renew
 from mae_hf.training.tasks import FinetuneRecipe
 from mae_hf.training.transfer import TransferRun
 
@@ -66,11 +66,7 @@ def build_model(recipe: FinetuneRecipe, label_names: list[str]) -> tuple[MAEForI
             refuse_other_features(recipe.model_name_or_path, new, recipe.eval_only)
         elif had_head:
             renew(model, MAEClassifier)
-    if recipe.attn_implementation:
-        model.set_attn_implementation(recipe.attn_implementation)
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model, is_new_head
+    return as_asked(model, recipe), is_new_head
 
 
 def under_numbers_of_checkpoint(recipe: FinetuneRecipe, eval_source: ImageSource) -> ImageSource:
@@ -152,11 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.eval_only:
         if remark := other_view(recipe.model_name_or_path, processor):
             say(f"warning   {remark}")
-        metrics = measure(model.to(run.device))
-        with run.folder.exporting(accelerator) as path:
-            if run.is_main:
-                report(metrics, label_names, path, say)
-        say(f"{eval_source.name}: {metrics.sentence()}")
+        run.evaluate_only(model, measure, lambda found, path: report(found, label_names, path, say), eval_source.name)
         return
 
     # --- the optimizer; resume if the folder has a checkpoint
@@ -191,15 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
     run.end_steps()
 
     # --- the model, its processor, its metrics and its card
-    metrics = run.metrics or measure(run.result)  # a finished run that was started again has none
-    with run.folder.exporting(accelerator) as path:
-        run.save_model(path)
-        if run.is_main:
-            report(metrics, label_names, path, say)
-            of_data = (source.name, eval_source.name, run.folder.history())
-            write_classifier_card(path, recipe, *of_data, run.parameters, metrics, label_names)
-    run.end(f"Fine-tuned for {run.total_steps} steps")
-    run.say_where()
+    def write(metrics: Any, path: Path) -> None:
+        report(metrics, label_names, path, say)
+        of_data = (source.name, eval_source.name, run.folder.history())
+        write_classifier_card(path, recipe, *of_data, run.parameters, metrics, label_names)
+
+    run.export(measure, write, "Fine-tuned")
 
 
 if __name__ == "__main__":

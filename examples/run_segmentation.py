@@ -48,7 +48,7 @@ from mae_hf.training.segmentation import (
     view_processor,
 )
 from mae_hf.training.sources import seed_of
-from mae_hf.training.starting_weights import keeps_head, load_with_encoder, renew
+from mae_hf.training.starting_weights import as_asked, keeps_head, load_with_encoder, renew
 from mae_hf.training.tasks import SegmentationRecipe
 from mae_hf.training.transfer import TransferRun
 
@@ -80,11 +80,7 @@ def build_model(recipe: SegmentationRecipe, classes: MapClasses) -> tuple[MAEFor
         is_new_head = not keeps_head(recipe.model_name_or_path, had_head, of_head, classes.names, recipe.eval_only)
         if is_new_head:
             renew(model, PixelClassifier)
-    if recipe.attn_implementation:
-        model.set_attn_implementation(recipe.attn_implementation)
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model, is_new_head
+    return as_asked(model, recipe), is_new_head
 
 
 def refuse_single(config: MAEConfig, micro_batch_size: int) -> None:
@@ -144,11 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
 
     if recipe.eval_only:
-        metrics = measure(model.to(run.device))
-        with run.folder.exporting(accelerator) as path:
-            if run.is_main:
-                report(metrics, classes, path, say)
-        say(f"{eval_source.name}: {metrics.sentence()}")
+        run.evaluate_only(model, measure, lambda found, path: report(found, classes, path, say), eval_source.name)
         return
 
     # --- the optimizer; resume if the folder has a checkpoint
@@ -171,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     flips = (recipe.horizontal_flip, recipe.vertical_flip)
     random_part = RandomPart(view, recipe.scale, *flips, recipe.max_class_share)
     looks = (random_part, color_jitter(recipe.color_jitter), recipe.image_mean)
-    images = MaskedImages(source, *looks, config.num_channels, recipe.seed, classes)
+    images = MaskedImages(source, classes, *looks, config.num_channels, recipe.seed)
     steps = run.steps(run.encoded_once(images, normalize))
     run.evaluate_if_due(run.first_step, measure)
     for step in steps:
@@ -188,15 +180,12 @@ def main(arguments: list[str] | None = None) -> None:
     run.end_steps()
 
     # --- the model, its processor, its metrics and its card
-    metrics = run.metrics or measure(run.result)  # a finished run that was started again has none
-    with run.folder.exporting(accelerator) as path:
-        run.save_model(path)
-        if run.is_main:
-            report(metrics, classes, path, say)
-            of_data = (source.name, eval_source.name, run.folder.history())
-            write_segmenter_card(path, recipe, *of_data, run.parameters, metrics, classes.names)
-    run.end(f"Segmentation, trained for {run.total_steps} steps")
-    run.say_where()
+    def write(metrics: Any, path: Path) -> None:
+        report(metrics, classes, path, say)
+        of_data = (source.name, eval_source.name, run.folder.history())
+        write_segmenter_card(path, recipe, *of_data, run.parameters, metrics, classes.names)
+
+    run.export(measure, write, "Segmentation, trained")
 
 
 if __name__ == "__main__":

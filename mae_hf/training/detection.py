@@ -15,18 +15,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
-from torchvision.transforms import v2
 from transformers import DetrImageProcessor
 
 from .augment import Normalize
 from .decode import PIL_MODES
 from .evaluate import say_left_out
-from .joint import RandomPart, View
+from .joint import PartsOfImages, RandomPart, View
 from .labels import Classes
 from .objects import Objects, objects_of
 from .order import PADDING, SampleKey
 from .pictures import PicturedBoxes
-from .samples import Samples, name_of
+from .samples import name_of
 from .segmentation import MOST_PICTURED
 from .sources import ImageSource
 
@@ -36,34 +35,20 @@ SIZES = ("small", "medium", "large")  # COCO's: below 32 x 32 pixels, below 96 x
 STATS = ("ap", "ap50", "ap75", *(f"ap_{size}" for size in SIZES))  # the first of COCO's twelve numbers
 
 
-class ImagesWithObjects(Samples):
+class ImagesWithObjects(PartsOfImages):
     """Images with objects, a random part of each: pixel_values (C, h, w) uint8, pixel_mask (h, w), and labels.
 
     The labels are those of DETR: class_labels (n,), boxes (n, 4), centre, width and height as shares, masks (n, h, w).
 
     Args:
         source: images with a column "objects".
-        random_part: what is cut out.
-        jitter: of the colours, see `joint.color_jitter`.
-        fill: of each channel beyond the image, in [0, 1].
-        num_channels: C.
-        seed: of everything random about a sample.
         with_masks: whether masks are wanted.
+        *looks, **more: see `PartsOfImages`.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        random_part: RandomPart,
-        jitter: v2.Transform | None,
-        fill: list[float],
-        num_channels: int,
-        seed: int,
-        with_masks: bool,
-    ) -> None:
-        super().__init__(source, random_part.view.of_image, num_channels, seed)
-        self.random_part, self.jitter, self.fill, self.with_masks = random_part, jitter, fill, with_masks
-        self.classes = source.classes or Classes([])
+    def __init__(self, source: ImageSource, with_masks: bool, *looks: Any, **more: Any) -> None:
+        super().__init__(source, *looks, **more)
+        self.with_masks, self.classes = with_masks, source.classes or Classes([])
 
     def decode(self, row: dict[str, Any]) -> Any:
         """The image and its objects; an image is refused with them."""
@@ -119,7 +104,7 @@ class EvalImagesWithObjects(ImagesWithObjects):
 
     def __init__(self, source: ImageSource, view: View, num_channels: int, seed: int, with_masks: bool) -> None:
         random_part = RandomPart(view, [1, 1], False, False)
-        super().__init__(source, random_part, None, [], num_channels, seed, with_masks)
+        super().__init__(source, with_masks, random_part, None, [], num_channels, seed)
 
     def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Any]:
         return {"image": None}, (Image.new(PIL_MODES[self.num_channels], (8, 8)), None)

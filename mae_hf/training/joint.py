@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as of_v2
 
+from .samples import Samples
+from .sources import ImageSource
+
 SAMPLED = 4  # a share of classes is counted in every fourth row and column
 MOST_DRAWS = 10
 
@@ -179,3 +182,28 @@ def color_jitter(strength: float) -> v2.Transform | None:
     if not strength:
         return None
     return v2.RandomApply([v2.ColorJitter(strength / 4, strength, strength, strength / 5)], p=0.5)
+
+
+class PartsOfImages(Samples):
+    """Samples that are a random part of an image, with what is known of its places.
+
+    Args:
+        source: the images.
+        random_part: what is cut out.
+        jitter: of the colours, see `color_jitter`.
+        fill: of each channel beyond the image, in [0, 1].
+        num_channels: of the model.
+        seed: of everything random about a sample.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        random_part: RandomPart,
+        jitter: v2.Transform | None,
+        fill: list[float],
+        num_channels: int,
+        seed: int,
+    ) -> None:
+        super().__init__(source, random_part.view.of_image, num_channels, seed)
+        self.random_part, self.jitter, self.fill = random_part, jitter, fill

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .sources import (
     few_images,
     find_image_column,
     hold_out_any,
+    numbered_like,
     open_divided,
     open_rows,
     source_of_rows,
@@ -88,16 +89,7 @@ def open_objects(recipe: DetectionRecipe) -> tuple[ImageSource, ImageSource]:
         return source_of_rows(found, dataset, split, {"image": "image", "objects": "objects"}, classes)
 
     train, eval_source = open_divided(recipe, with_objects, hold_out_any)
-    assert train.classes is not None
-    assert eval_source.classes is not None
-    if eval_source.label_names != train.label_names:
-        try:
-            eval_source = replace(eval_source, classes=eval_source.classes.renumbered(train.label_names))
-        except ValueError as error:
-            raise ValueError(
-                f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
-                f"{train.label_names}."
-            ) from error
+    eval_source = numbered_like(train, eval_source)
     if recipe.labelled_images is not None and not recipe.only_evaluates:
         train = few_images(train, recipe.labelled_images, recipe.seed)
     return train, eval_source

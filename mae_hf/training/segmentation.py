@@ -13,48 +13,34 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 from transformers import SegformerImageProcessor
 
 from .augment import Normalize
 from .decode import PIL_MODES
 from .evaluate import say_left_out
-from .joint import RandomPart, View
+from .joint import PartsOfImages, RandomPart, View
 from .masks import MapClasses, open_map
 from .order import PADDING, SampleKey
 from .pictures import Pictured, pictured
-from .samples import Samples, name_of
+from .samples import name_of
 from .sources import ImageSource
 
 WINDOWS_AT_ONCE = 8
 MOST_PICTURED = 8
 
 
-class MaskedImages(Samples):
+class MaskedImages(PartsOfImages):
     """Images with maps, a random part of each: pixel_values (C, h, w) uint8 and labels (h, w) int64.
 
     Args:
         source: images with a column "mask".
-        random_part: what is cut out.
-        jitter: of the colours, see `joint.color_jitter`.
-        fill: of each channel beyond the image, in [0, 1].
-        num_channels: C.
-        seed: of everything random about a sample.
         classes: of the maps.
+        *looks, **more: see `PartsOfImages`.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        random_part: RandomPart,
-        jitter: v2.Transform | None,
-        fill: list[float],
-        num_channels: int,
-        seed: int,
-        classes: MapClasses,
-    ) -> None:
-        super().__init__(source, random_part.view.of_image, num_channels, seed)
-        self.random_part, self.jitter, self.fill, self.classes = random_part, jitter, fill, classes
+    def __init__(self, source: ImageSource, classes: MapClasses, *looks: Any, **more: Any) -> None:
+        super().__init__(source, *looks, **more)
+        self.classes = classes
 
     def decode(self, row: dict[str, Any]) -> Any:
         """The image, and its map (H, W) int64; an image is refused with its map."""
@@ -78,7 +64,7 @@ class MaskedEvalImages(MaskedImages):
     """
 
     def __init__(self, source: ImageSource, view: View, num_channels: int, seed: int, classes: MapClasses) -> None:
-        super().__init__(source, RandomPart(view, [1, 1], False, False), None, [], num_channels, seed, classes)
+        super().__init__(source, classes, RandomPart(view, [1, 1], False, False), None, [], num_channels, seed)
 
     def substitute(self, key: SampleKey) -> tuple[dict[str, Any], Any]:
         picture = Image.new(PIL_MODES[self.num_channels], (8, 8))

@@ -377,14 +377,7 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     train, eval_source = open_divided(recipe, labelled, hold_out)
     if recipe.only_evaluates:
         return train, eval_source
-    if eval_source.classes is not None and eval_source.label_names != train.label_names:
-        try:
-            eval_source = replace(eval_source, classes=eval_source.classes.renumbered(train.label_names))
-        except ValueError as error:
-            raise ValueError(
-                f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
-                f"{train.label_names}."
-            ) from error
+    eval_source = numbered_like(train, eval_source)
     if train.classes is not None and len(train.label_names) < 2:
         raise ValueError(
             f"All images of {recipe.dataset!r} are of one class, {train.label_names[0]!r}, so that there is nothing to "
@@ -393,6 +386,23 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, eval_source
+
+
+def numbered_like(train: ImageSource, eval_source: ImageSource) -> ImageSource:
+    """The evaluation set with the numbers that its classes have among those of the training images.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if eval_source.classes is None or eval_source.label_names == train.label_names:
+        return eval_source
+    try:
+        return replace(eval_source, classes=eval_source.classes.renumbered(train.label_names))
+    except ValueError as error:
+        raise ValueError(
+            f"The evaluation set has classes that the training images don't have: {error}. Theirs are "
+            f"{train.label_names}."
+        ) from error
 
 
 def open_divided(

@@ -70,6 +70,15 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def as_asked(model: Any, recipe: Any) -> Any:
+    """The model with the attention and the checkpointing of activations that a recipe asks for."""
+    if recipe.attn_implementation:
+        model.set_attn_implementation(recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
 def keeps_head(
     name: str, had_head: bool, of_checkpoint: Sequence[str], label_names: Sequence[str], eval_only: bool
 ) -> bool:

@@ -40,7 +40,7 @@ class TransferRun(Run):
             run.evaluate_if_due(step, measure)
             run.save_if_due(step)
         run.end_steps()
-        metrics = run.metrics or measure(run.result)      a finished run that was started again has none
+        run.export(measure, write, "Fine-tuned")
 
     Args:
         recipe: see `Run`.
@@ -154,6 +154,39 @@ class TransferRun(Run):
     def best_score(self) -> float:
         """Of all evaluations so far; -1 before the first."""
         return max(self.scores.values(), default=-1.0)
+
+    def evaluate_only(
+        self, model: Any, measure: Callable[[Any], Metrics], report: Callable[[Any, Path], None], name: str
+    ) -> None:
+        """Evaluate a model that is not trained; every process calls this.
+
+        Args:
+            model: of the checkpoint.
+            measure: of a model.
+            report: writes the metrics to a folder.
+            name: of the evaluation set.
+        """
+        metrics = measure(model.to(self.device))
+        with self.folder.exporting(self.accelerator) as path:
+            if self.is_main:
+                report(metrics, path)
+        self.say(f"{name}: {metrics.sentence()}")
+
+    def export(self, measure: Callable[[Any], Metrics], write: Callable[[Any, Path], None], pushed_as: str) -> None:
+        """Write the model, its processor, its metrics and its card, and end the run; every process calls this.
+
+        Args:
+            measure: of a model, for a finished run that was started again, which has no metrics.
+            write: the metrics and the card, to a folder.
+            pushed_as: what the push to the Hub is called.
+        """
+        metrics = self.metrics or measure(self.result)
+        with self.folder.exporting(self.accelerator) as path:
+            self.save_model(path)
+            if self.is_main:
+                write(metrics, path)
+        self.end(f"{pushed_as} for {self.total_steps} steps")
+        self.say_where()
 
     def say_where(self) -> None:
         """Where the models are; the end of the run."""

@@ -76,7 +76,7 @@ def test_boxes_of_masks__are_those_of_torchvision_plus_a_pixel() -> None:
 
 def test_training_sample__has_labels_of_detrs_form(scenes: ImageSource) -> None:
     view = View((48, 48), keeps_aspect=True)
-    images = ImagesWithObjects(scenes, RandomPart(view, [0.6, 1.6], False, False), None, [0.3], 1, 0, False)
+    images = ImagesWithObjects(scenes, False, RandomPart(view, [0.6, 1.6], False, False), None, [0.3], 1, 0)
     keys = [SampleKey(1, index) for index in range(12)]
     samples = images.__getitems__(keys)
     batch = collate(samples)

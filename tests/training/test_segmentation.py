@@ -203,7 +203,7 @@ def test_processor__shows_what_the_evaluation_sees(view: View, mode: str) -> Non
 def test_training_sample__is_the_same_alone_and_in_a_batch() -> None:
     rows = random_rows(4)
     part = RandomPart(View((24, 24)), [0.5, 2.0], True, False)
-    images = MaskedImages(source(*rows), part, color_jitter(0.5), [0.5] * 3, 3, 7, CLASSES)
+    images = MaskedImages(source(*rows), CLASSES, part, color_jitter(0.5), [0.5] * 3, 3, 7)
     keys = [SampleKey(1, index) for index in range(4)]
     together = images.__getitems__(keys)
     for key, sample in zip(keys, together, strict=True):
@@ -219,7 +219,7 @@ def test_training_sample__with_a_bad_map_is_another_image() -> None:
     rows = random_rows(3)
     rows[1] = (rows[1][0], rows[1][1][:-1])
     part = RandomPart(View((24, 24)), [1.0, 1.0], False, False)
-    sample = MaskedImages(source(*rows), part, None, [0.5] * 3, 3, 7, CLASSES)[SampleKey(0, 1)]
+    sample = MaskedImages(source(*rows), CLASSES, part, None, [0.5] * 3, 3, 7)[SampleKey(0, 1)]
     assert "pixels, but its image" in sample["problem"]
     assert sample["pixel_values"].shape == (3, 24, 24)
 
