@@ -39,7 +39,6 @@ RECIPE_OF_SCRIPT = {
     "run_segmentation.py": SegmentationRecipe,
     "run_detection.py": DetectionRecipe,
     "benchmarks/vit_mae.py": PretrainRecipe,
-    "reproduce/frozen_imagenet.py": SegmentationRecipe,
     "reproduce/baselines.py": ProbeRecipe,
 }
 
@@ -151,8 +150,9 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
         if job.name == "elpv/baselines":
             continue  # takes no recipe
         first = next(index for index, word in enumerate(words) if word.startswith("--"))
-        settings = words[first:]  # vit_mae.py and baselines.py have a word before
-        recipe = parse_recipe(RECIPE_OF_SCRIPT[script], settings)
+        settings = words[first:]  # vit_mae.py, baselines.py and frozen_imagenet.py have a word before
+        of_script = f"run_{words[0]}.py" if script == "reproduce/frozen_imagenet.py" else script
+        recipe = parse_recipe(RECIPE_OF_SCRIPT[of_script], settings)
         assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold", "data/composites/", "data/trees/")), (
             job.name
         )

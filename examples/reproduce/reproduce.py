@@ -75,17 +75,20 @@ MASKS = {
     "200": ["--epochs", "40", "--warmup_epochs", "4", "--eval_every", "40"],
     "800": ["--epochs", "10", "--warmup_epochs", "1", "--eval_every", "10"],
 }
-STARTS = {
+HALF = ["--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5"]  # how EfficientNet-Lite0 has images
+OF_MASKS = {
     "scratch": ["--layer_decay", "1", "--base_lr", "1.6e-2"],
     "pretrain": ["--base_lr", "4.8e-2"],
-    "imagenet": [
-        *("--layer_decay", "1", "--base_lr", "4.8e-2"),
-        *("--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5"),
-    ],
+    "imagenet": ["--layer_decay", "1", "--base_lr", "4.8e-2", *HALF],
 }
 BOXES = {
     "50": ["--epochs", "80", "--warmup_epochs", "8", "--eval_every", "80"],
     "200": ["--epochs", "20", "--warmup_epochs", "2", "--eval_every", "20"],
+}
+OF_BOXES = {
+    "scratch": ["--layer_decay", "1", "--base_lr", "8e-3"],
+    "pretrain": ["--base_lr", "8e-3"],
+    "imagenet": ["--layer_decay", "1", "--base_lr", "8e-3", *HALF],
 }
 BASELINE = "ab_ratio75"
 WITH_SEEDS = (BASELINE, "ab_cross", "ab_cross_longer")  # the comparison in which tenths of a point matter
@@ -222,40 +225,36 @@ def decoder_jobs(data: Path, runs: Path) -> list[Job]:
     ]
 
 
-def composite_jobs(data: Path, runs: Path) -> list[Job]:
-    """Segmentation of composites at each number of labelled images: from scratch, from MAE, and a frozen rival."""
-    folder, pretrained = data / "composites", "composites/pretrain"
+def dense_jobs(
+    name: str, task: str, folder: Path, runs: Path, counts: dict[str, list[str]], starts: dict[str, list[str]]
+) -> list[Job]:
+    """A dense task at each number of labelled images: from scratch, from MAE, and with a frozen network of ImageNet."""
+    pretrained = f"{name}/pretrain"
     dataset = ["--dataset", str(folder / "unlabelled")]
-    jobs = [
-        Job(pretrained, ["run_pretrain.py", "--recipe", recipe("composites_pretrain"), *dataset], "model.safetensors")
-    ]
-    words = ["--recipe", recipe("composites_segmentation"), "--dataset", str(folder / "labelled")]
-    words += ["--class_list", str(folder / "classes.txt")]
+    jobs = [Job(pretrained, ["run_pretrain.py", "--recipe", recipe(f"{name}_pretrain"), *dataset], "model.safetensors")]
+    words = ["--recipe", recipe(f"{name}_{task}"), "--dataset", str(folder / "labelled")]
+    if task == "segmentation":
+        words += ["--class_list", str(folder / "classes.txt")]
     for seed in SEEDS:
-        for count, settings in MASKS.items():
-            of_run = [*words, "--labelled_images", count, *settings, "--seed", str(seed)]
-            for start, of_start in STARTS.items():
-                script = "reproduce/frozen_imagenet.py" if start == "imagenet" else "run_segmentation.py"
+        for count, of_count in counts.items():
+            for start, of_start in starts.items():
+                script = ["reproduce/frozen_imagenet.py", task] if start == "imagenet" else [f"run_{task}.py"]
                 model = ["--model_name_or_path", str(runs / pretrained)] if start == "pretrain" else []
+                settings = ["--labelled_images", count, *of_count, "--seed", str(seed), *model, *of_start]
                 after = pretrained if start == "pretrain" else None
-                name = f"composites/{start}_{count}_s{seed}"
-                jobs.append(Job(name, [script, *of_run, *model, *of_start], "results.json", after))
+                of_run = f"{name}/{start}_{count}_s{seed}"
+                jobs.append(Job(of_run, [*script, *words, *settings], "results.json", after))
     return jobs
+
+
+def composite_jobs(data: Path, runs: Path) -> list[Job]:
+    """Segmentation of composed photographs."""
+    return dense_jobs("composites", "segmentation", data / "composites", runs, MASKS, OF_MASKS)
 
 
 def tree_jobs(data: Path, runs: Path) -> list[Job]:
-    """Detection of trees at two numbers of labelled tiles: from scratch and from MAE."""
-    folder, pretrained = data / "trees", "trees/pretrain"
-    dataset = ["--dataset", str(folder / "unlabelled")]
-    jobs = [Job(pretrained, ["run_pretrain.py", "--recipe", recipe("trees_pretrain"), *dataset], "model.safetensors")]
-    words = ["run_detection.py", "--recipe", recipe("trees_detection"), "--dataset", str(folder / "labelled")]
-    for seed in SEEDS:
-        for count, settings in BOXES.items():
-            of_run = [*words, "--labelled_images", count, *settings, "--seed", str(seed)]
-            from_mae = ["--model_name_or_path", str(runs / pretrained)]
-            jobs.append(Job(f"trees/pretrain_{count}_s{seed}", [*of_run, *from_mae], "results.json", pretrained))
-            jobs.append(Job(f"trees/scratch_{count}_s{seed}", [*of_run, "--layer_decay", "1"], "results.json"))
-    return jobs
+    """Detection of trees in aerial photographs."""
+    return dense_jobs("trees", "detection", data / "trees", runs, BOXES, OF_BOXES)
 
 
 JOBS: dict[str, Callable[[Path, Path], list[Job]]] = {
@@ -414,8 +413,8 @@ def collect(runs: Path) -> dict:
         for name, of_seeds in logs.items()
         if all(log.exists() for log in of_seeds)
     }
-    masks = of_labelled("composites", STARTS, MASKS, ("miou", "foreground_iou", "background_iou"), percent)
-    boxes = of_labelled("trees", ("scratch", "pretrain"), BOXES, ("ap50", "ap"), percent)
+    masks = of_labelled("composites", OF_MASKS, MASKS, ("miou", "foreground_iou", "background_iou"), percent)
+    boxes = of_labelled("trees", OF_BOXES, BOXES, ("ap50", "ap"), percent)
     return {
         "finetune": finetune,
         "probe": probe,
