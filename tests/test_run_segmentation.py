@@ -1,7 +1,9 @@
 """examples/run_segmentation.py, run for real on small images, and what it leaves behind."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from torch import Tensor
 from transformers import pipeline
 
 from mae_hf import MAEForSemanticSegmentation
-from mae_hf.training import transfer
+from mae_hf.training import loop, transfer
+from mae_hf.training.faults import STOPPED
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -131,6 +134,49 @@ def test_interrupted__ends_like_undisturbed(
     assert evaluations[0] == evaluations[1]
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+TWO_ROUNDS = ["--per_device_batch_size", "2", "--segmentation_norm", "batch"]
+
+
+def test_signal_between_two_rounds__ends_like_undisturbed(
+    fields: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is that of the last whole step, also by the statistics of the batch norms."""
+    segment(fields, checkpoint, tmp_path / "whole", *TWO_ROUNDS)
+    rounds, backward = [0], loop.Run.backward
+
+    def then_signal(run: loop.Run, loss: Tensor) -> None:
+        rounds[0] += 1
+        backward(run, loss)
+        if rounds[0] == 7:  # the first of the fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "backward", then_signal)
+        with pytest.raises(SystemExit) as stopped:
+            segment(fields, checkpoint, tmp_path / "cut", *TWO_ROUNDS)
+    assert stopped.value.code == STOPPED
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000003"]
+    segment(fields, checkpoint, tmp_path / "cut", *TWO_ROUNDS)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert any("running_mean" in name for name in whole)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_step_that_is_left_out__leaves_the_batch_norms_as_they_were(
+    fields: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, backward = [0], loop.Run.backward
+
+    def not_finite_once(run: loop.Run, loss: Tensor) -> None:
+        rounds[0] += 1
+        backward(run, loss * float("nan") if rounds[0] == 3 else loss)
+
+    monkeypatch.setattr(loop.Run, "backward", not_finite_once)
+    segment(fields, checkpoint, tmp_path / "run", *TWO_ROUNDS, "--max_skipped_steps", "1")
+    counts = {int(value) for name, value in weights(tmp_path / "run").items() if name.endswith("num_batches_tracked")}
+    assert counts == {2 * 10 - 2}
 
 
 def test_freeze__leaves_the_encoder_as_it_was(fields: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ OF_MASKS = {
     "imagenet": ["--layer_decay", "1", "--base_lr", "4.8e-2", *HALF],
 }
 BOXES = {
-    "50": ["--epochs", "80", "--warmup_epochs", "8", "--eval_every", "80"],
-    "200": ["--epochs", "20", "--warmup_epochs", "2", "--eval_every", "20"],
+    "50": ["--epochs", "320", "--warmup_epochs", "32", "--eval_every", "320"],
+    "200": ["--epochs", "80", "--warmup_epochs", "8", "--eval_every", "80"],
 }
 OF_BOXES = {
-    "scratch": ["--layer_decay", "1", "--base_lr", "8e-3"],
+    "scratch": ["--layer_decay", "1", "--base_lr", "1.6e-2"],
     "pretrain": ["--base_lr", "8e-3"],
     "imagenet": ["--layer_decay", "1", "--base_lr", "8e-3", *HALF],
 }

@@ -219,6 +219,7 @@ class Run:
         self.losses = StepLosses(self.accelerator, self.earlier_losses)
         self.model.train()
         self.logged_step, self.logged_time = self.first_step, time.perf_counter()
+        self.begun = self.first_step
         self.stop.begin(self.folder, self.progress, self.save)
         return self._steps()
 
@@ -230,6 +231,9 @@ class Run:
                     group["lr"] = self.lrs[group.get("peak_lr", self.peak_lrs[0])] * group.get("lr_scale", 1)
                 self.step_loss: Tensor | None = None
                 self.is_finite = True
+                self.begun = step
+                # Statistics of batch norms, which the forward moves on before anything is known of the step.
+                self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
                 yield step
         finally:
             del self.data  # ends its workers now, rather than when the garbage is collected
@@ -242,6 +246,11 @@ class Run:
     def peak_lrs(self) -> list[float]:
         """The learning rates of the models side by side, of which there is usually one."""
         return getattr(self.recipe, "effective_lrs", None) or [self.recipe.effective_lr]
+
+    def _take_back(self) -> None:
+        """Undo what the forwards of the step have changed without the optimizer."""
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            buffer.copy_(before)
 
     def rounds(self, step: int) -> Iterator[Any]:
         """The micro-batches of a step."""
@@ -280,6 +289,7 @@ class Run:
         if self.is_finite:
             self.losses.add(self.step_loss)
         else:
+            self._take_back()
             self.skipped.leave_out_step(step, self.recipe.max_skipped_steps)
         self.progress.advance(self.step_loss)
         if not (step % self.recipe.log_every == 0 or step == self.total_steps):
@@ -337,6 +347,8 @@ class Run:
     def save(self) -> None:
         """A checkpoint of the steps that are done; every process calls this."""
         step = self.progress.step
+        if step < self.begun:  # a signal has broken off the next step after some of its rounds
+            self._take_back()
         self.skipped.gather(step * self.recipe.total_batch_size)  # its list is to go as far
         losses = self.losses.values(step, self.names)
         self.folder.save(self.accelerator, step, losses, self.recipe.keep_checkpoints)
