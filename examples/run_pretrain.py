@@ -37,6 +37,8 @@ from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import PretrainRecipe
 
 PICTURES = 8
+# What may differ from the checkpoint.
+OF_RECIPE = ("image_size", "mask_ratio", "mask_strategy", "mask_unit", "norm_pix_loss")
 
 
 def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
@@ -44,7 +46,7 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
     if recipe.model_name_or_path is None:
         model = MAEForPreTraining(recipe.config())
     else:
-        config = recipe.checkpoint_config(may_differ=("image_size", "mask_ratio", "norm_pix_loss"))
+        config = recipe.checkpoint_config(OF_RECIPE)
         model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
@@ -56,7 +58,7 @@ def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
 def fixed_batch(source: ImageSource, config: MAEConfig, recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
     """The first images of the source with masks that stay the same, so that pictures can be compared over time."""
     transform = eval_transform(config.image_shape, recipe.center_crop)
-    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    images = PretrainingImages(source, transform, config, recipe.seed)
     return default_collate(images.first(PICTURES))
 
 
@@ -100,15 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     # --- the loop
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
     smallest_crop = SmallestCrop(recipe.crop_scale[0], config.image_shape) if recipe.reduced_decoding else None
-    images = PretrainingImages(
-        source,
-        transform,
-        config.num_channels,
-        config.num_patches,
-        recipe.seed,
-        recipe.repeated_augmentation,
-        smallest_crop,
-    )
+    images = PretrainingImages(source, transform, config, recipe.seed, recipe.repeated_augmentation, smallest_crop)
     normalize = Normalize(recipe.image_mean, recipe.image_std, run.device)
     fixed = fixed_batch(source, config, recipe)
 

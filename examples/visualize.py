@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional
 from transformers import AutoImageProcessor
 
 from mae_hf import MAEConfig, MAEForPreTraining, MAEReconstruction
+from mae_hf.inputs import draw_noise
 from mae_hf.training.decode import decode_image
 from mae_hf.training.paths import absence, is_absent_path
 from mae_hf.training.pictures import save_picture
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{chosen.model!r} is not a model that can be loaded: {error}") from error
     config = model.config
     images = [decode_image(record, config.num_channels) for record in find_images(chosen.images, chosen.count)]
-    noise = torch.rand(1, config.num_patches, generator=torch.Generator().manual_seed(chosen.seed))
+    generator = torch.Generator().manual_seed(chosen.seed)
+    noise = draw_noise(config, config.grid_shape, batch=1, mask_ratio=chosen.mask_ratio, generator=generator)
     mean, std = checkpoint_normalisation(chosen.model, config.num_channels)
     rows = []
     for image in images:  # one by one, because a mask of pixels may hide more patches of one than of another

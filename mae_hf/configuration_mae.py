@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .masking import MASK_STRATEGIES
+
 # A decoder of the paper for every size would take nine tenths of a step of "tiny", and be wider than its encoder.
 DECODER_TINY = {"decoder_hidden_size": 192, "decoder_num_hidden_layers": 4, "decoder_num_attention_heads": 6}
 DECODER_SMALL = {"decoder_hidden_size": 256, "decoder_num_hidden_layers": 4, "decoder_num_attention_heads": 8}
@@ -43,6 +45,7 @@ LARGEST: dict[str, int] = {
     "decoder_num_hidden_layers": 2**9,
     "decoder_num_attention_heads": 2**10,
     "decoder_intermediate_size": 2**18,
+    "mask_unit": 2**15,
     "pyramid_channels": 2**15,
     "segmentation_channels": 2**15,
     "anchor_size": 2**15,
@@ -84,6 +87,10 @@ def _is_number(value: Any, kind: Any = int | float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)  # which is an int to Python
 
 
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+
+
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be given as one int for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -121,6 +128,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the
             decoder. `decoder_intermediate_size=None` means 4 x `decoder_hidden_size`.
         mask_ratio: share of the patches that are hidden, between 0 and 1 (Fig. 5).
+        mask_strategy: which patches are hidden (Table 1f): `"random"`; `"unit"`, squares of `mask_unit` patches on a
+            side (SimMIM); `"block"`, rectangles (BEiT); `"grid"`, all but one patch of each square. See
+            `masking.mask_noise`. Always as many as `mask_ratio` says.
+        mask_unit: patches on a side of the squares of `"unit"` and `"grid"`.
         norm_pix_loss: predict pixels normalised by the mean and variance of their patch (Table 1d).
         mask_tokens_in_encoder: in pre-training, the encoder sees a mask token in place of each hidden patch, rather
             than only the visible ones: the slower and worse choice of Table 1c, for comparison.
@@ -183,6 +194,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = None  # type: ignore[assignment]  # filled in __post_init__
     mask_ratio: float = 0.75
+    mask_strategy: str = "random"
+    mask_unit: int = 2
     norm_pix_loss: bool = True
     mask_tokens_in_encoder: bool = False
     decoder_type: str = "self"
@@ -400,6 +413,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"There is no hidden_act {self.hidden_act!r}. {nearest(self.hidden_act, list(ACT2FN))}")
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
+        if self.mask_strategy not in MASK_STRATEGIES:
+            raise ValueError(f"mask_strategy must be {_one_of(MASK_STRATEGIES)}, but is {self.mask_strategy!r}.")
+        if self.mask_strategy in ("unit", "grid") and not 1 < self.mask_unit <= max(self.grid_shape) // 2:
+            rows, columns = self.grid_shape
+            raise ValueError(
+                f"mask_unit is {self.mask_unit}, but squares of a grid of {rows}x{columns} patches have from 2 to "
+                f"{max(self.grid_shape) // 2} patches on a side."
+            )
         if self.decoder_type not in ("self", "cross"):
             raise ValueError(f"decoder_type must be 'self' or 'cross', but is {self.decoder_type!r}.")
         if not _is_number(self.prediction_ratio) or not 0 < self.prediction_ratio <= 1:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .configuration_mae import MAEConfig, nearest
-from .masking import patch_mask, random_masking
+from .masking import mask_noise, patch_mask, random_masking
 from .windows import Windows
 
 logger = logging.get_logger(__name__)
@@ -60,6 +60,38 @@ def grid_of(pixel_values: Tensor, config: MAEConfig, any_size: bool | None) -> t
     return height // patch_height, width // patch_width
 
 
+def draw_noise(
+    config: MAEConfig,
+    grid_shape: tuple[int, int],
+    batch: int,
+    mask_ratio: float | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Noise for `MAEForPreTraining.forward` by the configuration's `mask_strategy`: (B, N) float32.
+
+    Args:
+        config: of the model.
+        grid_shape: (rows, columns) of the patches.
+        batch: B.
+        mask_ratio: share of hidden patches, in place of the configuration's.
+        generator: draws it, on its own device.
+        device: where it is drawn without a generator, if each patch is by itself; squares and rectangles are drawn on
+            the CPU.
+
+    Raises:
+        ValueError: nothing would be visible or hidden.
+    """
+    num_visible = config.num_visible_patches(grid_shape[0] * grid_shape[1], mask_ratio)
+    if config.mask_strategy == "random":
+        device = device if generator is None else generator.device
+        return torch.rand(batch, grid_shape[0] * grid_shape[1], generator=generator, device=device)
+    of_images = range(batch)
+    return torch.stack(
+        [mask_noise(config.mask_strategy, grid_shape, num_visible, config.mask_unit, generator) for _ in of_images]
+    )
+
+
 def choose_visible(
     pixel_values: Tensor,
     grid_shape: tuple[int, int],
@@ -90,8 +122,7 @@ def choose_visible(
     else:
         num_visible = config.num_visible_patches(shape[1], mask_ratio)
         if noise is None:
-            device = pixel_values.device if generator is None else generator.device
-            noise = torch.rand(shape, generator=generator, device=device)
+            noise = draw_noise(config, grid_shape, shape[0], mask_ratio, generator, pixel_values.device)
     if noise.shape != shape:
         raise ValueError(f"The mask or noise is {tuple(noise.shape)}, but the images have (batch, patches) = {shape}.")
     return random_masking(noise.to(pixel_values.device), num_visible)

@@ -1,12 +1,23 @@
 """Which patches are seen: noise -> ids, and taking and restoring tokens by ids. Pure functions, no weights.
 
+A mask strategy is a way to draw the noise: which patches have the smallest values is all that the model asks of it.
+
 B batch  N patches  V visible patches  D width
 `mask` is 1 where a patch is hidden. Ids are in patch space, [0, N); the class token never enters here.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+MASK_STRATEGIES = ("random", "unit", "block", "grid")
+SMALLEST_BLOCK = (
+    16 / 196
+)  # of the patches, and the flattest block, height over width: BEiT's (arXiv 2106.08254, Alg. 1)
+FLATTEST_BLOCK = 0.3
 
 
 def random_masking(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,6 +42,87 @@ def random_masking(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Ten
         ids_restore = torch.argsort(ids_shuffle, dim=1)
     mask = (ids_restore >= num_visible).float()
     return ids_shuffle[:, :num_visible], ids_restore, mask
+
+
+def mask_noise(
+    strategy: str, grid_shape: tuple[int, int], num_visible: int, unit: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Noise of one image for `random_masking`, by one of the `MASK_STRATEGIES` (Section 4.1, "Mask sampling strategy").
+
+    With each of them exactly `num_visible` patches stay visible, and which of the hidden come first is random, so that
+    a decoder may predict a part of them.
+
+    Args:
+        strategy: "random", each patch by itself; "unit", squares of patches by themselves, SimMIM's (arXiv 2111.09886);
+            "block", rectangles one over the other, BEiT's (arXiv 2106.08254, Alg. 1); "grid", one patch of each square
+            stays visible, at the same place in all of them, which is random.
+        grid_shape: (rows, columns), N in all. A square that does not fit in is cut off.
+        num_visible: V. Where squares, rectangles or the places of the grid are not as many, patches of the last one, or
+            any, are added at random.
+        unit: k, patches on a side of a square.
+        generator: draws it; else torch's own, of the CPU.
+
+    Returns:
+        (N,) float32.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    rows, columns = grid_shape
+    device = None if generator is None else generator.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    if strategy == "random":
+        return uniform(rows * columns)
+    if strategy == "unit":
+        order = _spread(_ranks(uniform(math.ceil(rows / unit) * math.ceil(columns / unit))), grid_shape, unit)
+    elif strategy == "block":
+        order = _blocks(uniform, grid_shape, rows * columns - num_visible)
+    elif strategy == "grid":
+        is_kept = _ranks(uniform(unit * unit)).view(unit, unit) == 0
+        tiled = is_kept.repeat(math.ceil(rows / unit), math.ceil(columns / unit))[:rows, :columns]
+        order = 1 - tiled.flatten().float()
+    else:
+        raise ValueError(f"mask_strategy must be one of {', '.join(MASK_STRATEGIES)}, but is {strategy!r}.")
+    ties = uniform(rows * columns)
+    hidden = _ranks(order.to(ties.device) + ties) >= num_visible
+    return hidden.float() + uniform(rows * columns)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The place of each value (n,) in their order, 0 for the smallest."""
+    return values.argsort(stable=True).argsort()
+
+
+def _spread(values: Tensor, grid_shape: tuple[int, int], unit: int) -> Tensor:
+    """One value a square of the grid -> one a patch, (rows * columns,) float32."""
+    rows, columns = grid_shape
+    squares = values.view(math.ceil(rows / unit), math.ceil(columns / unit))
+    patches = squares.repeat_interleave(unit, dim=0).repeat_interleave(unit, dim=1)
+    return patches[:rows, :columns].flatten().float()
+
+
+def _blocks(uniform: Callable[..., Tensor], grid_shape: tuple[int, int], num_hidden: int) -> Tensor:
+    """0 for a patch that no rectangle hides, 1 for one that only the last does, 2 for all others: (N,) float32.
+
+    Rectangles are drawn until they hide `num_hidden` patches; of the last one, as many are wanted as are missing.
+    """
+    rows, columns = grid_shape
+    smallest = min(num_hidden, max(1, round(SMALLEST_BLOCK * rows * columns)))
+    order = torch.zeros(rows, columns)
+    while (missing := num_hidden - int((order > 0).sum())) > 0:
+        area, aspect, top, left = uniform(4).tolist()
+        area = smallest + area * (max(smallest, missing) - smallest)
+        aspect = FLATTEST_BLOCK ** (1 - 2 * aspect)  # as often flat as tall
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        top, left = int(top * (rows - height + 1)), int(left * (columns - width + 1))
+        order[order > 0] = 2
+        block = order[top : top + height, left : left + width]
+        block[block == 0] = 1
+    return order.flatten()
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:

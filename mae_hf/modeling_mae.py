@@ -315,7 +315,8 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
 
         torch.compile makes one graph of it, except with `generator` or `bool_masked_pos`: a generator is not a tensor,
-        and how many patches a mask hides is known only from its values.
+        and how many patches a mask hides is known only from its values. With a `mask_strategy` that is not "random",
+        give it `noise` (`inputs.draw_noise`).
 
         Args:
             pixel_values: (B, C, H, W) normalised images.

@@ -131,6 +131,11 @@ def test_num_channels__any(channels: int) -> None:
         ({"hidden_size": 2**16}, "hidden_size must be at most 32,768, but is 65,536"),
         ({"image_size": (32, 2**17)}, "image_size must be at most 65,536 pixels"),
         ({"num_labels": 2**21}, "num_labels must be at most 1,048,576, but is 2,097,152"),
+        ({"mask_strategy": "blocks"}, "mask_strategy must be 'random', 'unit', 'block' or 'grid', but is 'blocks'"),
+        ({"mask_strategy": None}, "mask_strategy must be"),
+        ({"mask_unit": 0}, "mask_unit must be an int of at least 1"),
+        ({"mask_strategy": "unit", "mask_unit": 3}, "mask_unit is 3, but squares of a grid of 4x4.*from 2 to 2"),
+        ({"mask_strategy": "grid", "mask_unit": 1}, "mask_unit is 1, but squares"),
         ({"patch_size": 1, "num_channels": 1}, "patch of one value has no variance.*norm_pix_loss=False"),
     ],
 )

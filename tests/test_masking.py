@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+from tiny import random_images, seeded, tiny_config
 
-from mae_hf.masking import patch_mask, random_masking, replace_hidden, restore, take
+from mae_hf import MAEConfig, MAEForPreTraining
+from mae_hf.inputs import draw_noise
+from mae_hf.masking import (
+    MASK_STRATEGIES,
+    mask_noise,
+    patch_mask,
+    random_masking,
+    replace_hidden,
+    restore,
+    take,
+    take_hidden,
+)
 
 # (patches, visible), with primes, a single visible and a single hidden patch
 AWKWARD = [(2, 1), (3, 2), (7, 1), (13, 12), (16, 4), (97, 24), (100, 9), (196, 49)]
@@ -163,3 +175,124 @@ def test_patch_mask__unequal_counts_are_refused() -> None:
 def test_patch_mask__nothing_or_everything_hidden_is_refused(value: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"hides {count} of 6 patches: one at least must be hidden, one visible"):
         patch_mask(torch.full((2, 6), value), (4, 4))
+
+
+def masks(strategy: str, grid_shape: tuple[int, int], ratio: float, count: int, unit: int = 2) -> torch.Tensor:
+    """(count, rows, columns), 1 where hidden."""
+    generator = torch.Generator().manual_seed(0)
+    patches = grid_shape[0] * grid_shape[1]
+    visible = MAEConfig().num_visible_patches(patches, ratio)
+    drawn = [mask_noise(strategy, grid_shape, visible, unit, generator) for _ in range(count)]
+    return random_masking(torch.stack(drawn), visible)[2].view(count, *grid_shape)
+
+
+@pytest.mark.parametrize("strategy", MASK_STRATEGIES)
+@pytest.mark.parametrize("grid_shape", [(14, 14), (7, 7), (3, 11), (4, 4)])
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.6, 0.75, 0.9])
+def test_strategies__hide_exactly_as_many_in_every_image(
+    strategy: str, grid_shape: tuple[int, int], ratio: float
+) -> None:
+    patches = grid_shape[0] * grid_shape[1]
+    counts = masks(strategy, grid_shape, ratio, 20).sum(dim=(1, 2))
+    assert counts.tolist() == [patches - int(patches * (1 - ratio))] * 20
+
+
+def test_random__is_the_noise_of_before() -> None:
+    first, second = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    assert torch.equal(mask_noise("random", (3, 5), 4, 2, first), torch.rand(15, generator=second))
+    config = tiny_config()
+    drawn = draw_noise(config, (4, 4), 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, torch.rand(2, 16, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("strategy", MASK_STRATEGIES)
+def test_strategies__are_functions_of_the_generator(strategy: str) -> None:
+    torch.manual_seed(0)
+    first = masks(strategy, (7, 7), 0.6, 4)
+    torch.rand(3)
+    assert torch.equal(first, masks(strategy, (7, 7), 0.6, 4))
+    assert len(first.flatten(1).unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize(("strategy", "unit"), [("random", 2), ("unit", 2), ("unit", 4), ("grid", 2)])
+def test_strategies__every_patch_is_hidden_equally_often(strategy: str, unit: int) -> None:
+    # A share of 4,000 has a standard deviation of 0.0068; the largest of 64 is above 3.5 of them in 1 of 30 seeds.
+    shares = masks(strategy, (8, 8), 0.75, 4000, unit).mean(dim=0)
+    assert (shares - 0.75).abs().max() < 0.025
+
+
+def test_block__hides_the_middle_more_often() -> None:
+    """Rectangles that are inside of the image reach a corner in one position only: BEiT's have that, too."""
+    shares = masks("block", (14, 14), 0.4, 2000).mean(dim=0)
+    corners = torch.stack([shares[0, 0], shares[0, -1], shares[-1, 0], shares[-1, -1]])
+    assert corners.min() > 0.02
+    assert corners.max() < 0.2 < shares[5:9, 5:9].min()
+    for mirrored in (shares.flip(0), shares.flip(1), shares.T):  # no side before another
+        assert (shares - mirrored).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("unit", [2, 4])
+def test_unit__hides_whole_squares(unit: int) -> None:
+    hidden = masks("unit", (8, 8), 0.75, 50, unit)
+    squares = hidden.view(50, 8 // unit, unit, 8 // unit, unit).transpose(2, 3).flatten(3).sum(dim=-1)
+    assert set(squares.flatten().tolist()) == {0, unit * unit}
+
+
+def test_unit__that_does_not_divide_the_grid_breaks_one_square_at_most() -> None:
+    hidden = masks("unit", (7, 7), 0.6, 50)
+    broken = 0
+    for image in hidden:
+        of_image = [image[r : r + 2, c : c + 2].mean().item() for r in range(0, 7, 2) for c in range(0, 7, 2)]
+        broken = max(broken, sum(share not in (0, 1) for share in of_image))
+    assert broken == 1
+
+
+def test_grid__one_patch_of_each_square_stays() -> None:
+    hidden = masks("grid", (8, 8), 0.75, 50)
+    first = hidden[:, :2, :2]
+    assert torch.equal(hidden, first.repeat(1, 4, 4))
+    assert (first.sum(dim=(1, 2)) == 3).all()
+    assert len(first.flatten(1).unique(dim=0)) == 4  # each of the four places
+
+
+def test_block__is_in_larger_pieces_than_random() -> None:
+    def edges(hidden: torch.Tensor) -> float:
+        across = (hidden[:, 1:] != hidden[:, :-1]).float().mean()
+        return float(across + (hidden[:, :, 1:] != hidden[:, :, :-1]).float().mean())
+
+    assert edges(masks("block", (14, 14), 0.4, 100)) < 0.4 * edges(masks("random", (14, 14), 0.4, 100))
+
+
+@pytest.mark.parametrize("strategy", MASK_STRATEGIES)
+def test_strategies__which_hidden_come_first_is_random(strategy: str) -> None:
+    """A cross decoder predicts the first of the hidden patches: they must not be those of one block."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([mask_noise(strategy, (14, 14), 78, 2, generator) for _ in range(400)])
+    _, ids_restore, mask = random_masking(noise, 78)
+    predicted = torch.zeros_like(mask).scatter(1, take_hidden(ids_restore, 78, 39), 1)
+    assert (predicted <= mask).all()
+    # Of two neighbours that are both hidden, how often both are predicted: 39 * 38 / (118 * 117).
+    hidden, predicted = mask.view(-1, 14, 14), predicted.view(-1, 14, 14)
+    both_hidden = hidden[:, :, 1:] * hidden[:, :, :-1]
+    both_predicted = predicted[:, :, 1:] * predicted[:, :, :-1]
+    assert both_predicted.sum() / both_hidden.sum() == pytest.approx(39 * 38 / (118 * 117), rel=0.1)
+
+
+def test_unknown_strategy__is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_strategy must be one of random, unit, block, grid, but is 'rings'"):
+        mask_noise("rings", (4, 4), 4, 2)
+
+
+@pytest.mark.parametrize("strategy", MASK_STRATEGIES)
+def test_forward__hides_by_the_strategy(strategy: str) -> None:
+    config = tiny_config(mask_strategy=strategy)
+    model = seeded(MAEForPreTraining, config)
+    images = random_images(config)
+    drawn = model(images, generator=torch.Generator().manual_seed(1))
+    noise = draw_noise(config, config.grid_shape, 2, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(drawn.mask, model(images, noise=noise).mask)
+    assert drawn.mask.sum(dim=1).tolist() == [12, 12]
+    other = model(images, mask_ratio=0.5)
+    assert other.mask.sum(dim=1).tolist() == [8, 8]
+    wide = random_images(tiny_config(image_size=[32, 64]))
+    assert model(wide, interpolate_pos_encoding=True).mask.sum(dim=1).tolist() == [24, 24]

@@ -23,6 +23,11 @@ def tiny_config(**fields) -> MAEConfig:
     return MAEConfig(**{**defaults, **fields})
 
 
+def four_patches(num_channels: int) -> MAEConfig:
+    """Images of 8x8 in patches of 4x4, for what needs no more of a model than its masks."""
+    return tiny_config(image_size=8, patch_size=4, num_channels=num_channels)
+
+
 def seeded(model_class: type, config: MAEConfig, seed: int = 0):
     """A model in evaluation mode whose initial weights depend on the seed alone."""
     torch.manual_seed(seed)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
 
+from mae_hf import MAEConfig
 from mae_hf.training.augment import Normalize, SmallestCrop, train_transform
 from mae_hf.training.decode import decode_image, open_image
 from mae_hf.training.order import SampleKey
@@ -38,7 +39,7 @@ from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import open_source
 from mae_hf.training.starting_weights import IMAGENET_MEAN, IMAGENET_STD
 
-SIZE, PATCHES, CROP_SCALE = 224, 196, [0.2, 1.0]
+SIZE, CROP_SCALE = 224, [0.2, 1.0]
 LARGE_SHAPE, LARGE_COUNT = (4000, 3000), 8
 ENDINGS = (".jpg", ".jpeg", ".png")
 
@@ -77,7 +78,7 @@ def ours(folder: Path, repeats: int = 1, reduced: bool = False) -> Load:
     transform = train_transform((SIZE, SIZE), CROP_SCALE, horizontal_flip=True)
     smallest = SmallestCrop(CROP_SCALE[0], (SIZE, SIZE)) if reduced else None
     source = open_source(str(folder))
-    images = PretrainingImages(source, transform, 3, PATCHES, 0, repeats, smallest)
+    images = PretrainingImages(source, transform, MAEConfig(image_size=SIZE), 0, repeats, smallest)
 
     def load(epoch: int, numbers: range) -> list[dict[str, Any]]:
         keys = [(number // repeats % len(source.images), number % repeats) for number in numbers]

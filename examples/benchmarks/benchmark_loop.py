@@ -156,7 +156,7 @@ def read_batches(recipe: PretrainRecipe) -> list[Batch]:
     config = recipe.config()
     source = run_pretrain.open_source(recipe.dataset, recipe.split, recipe.image_column, recipe.streaming)
     transform = run_pretrain.train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    images = run_pretrain.PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    images = run_pretrain.PretrainingImages(source, transform, config, recipe.seed)
     batch, per_epoch = recipe.total_batch_size, recipe.total_batch_size * BATCHES
     schedule = make_schedule(source, 1, batch, batch, 1, per_epoch)
     return list(islice(batches(images, schedule, 0, 0, 0, recipe.shuffle_buffer), BATCHES))

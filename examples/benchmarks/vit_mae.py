@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.begin()
 
     transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    images = PretrainingImages(source, transform, config.num_channels, config.num_patches, recipe.seed)
+    images = PretrainingImages(source, transform, config, recipe.seed)
     normalize = Normalize(recipe.image_mean, recipe.image_std, run.device)
     for step in run.steps(images):
         for batch in run.batches(step):

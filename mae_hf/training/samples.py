@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..configuration_mae import MAEConfig
+from ..inputs import draw_noise
 from .augment import Mixing, SmallestCrop
 from .decode import PIL_MODES, BadImageError, largest_of_16_bits, open_image, printable
 from .labels import Classes
@@ -160,23 +162,22 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PretrainingImages(Samples):
-    """Images for pre-training: pixel_values (C, H, W) and the mask noise (N,) float32; `num_patches` is N."""
+    """Images for pre-training: pixel_values (C, H, W) and the mask noise (N,) float32, by `config`."""
 
     def __init__(
         self,
         source: ImageSource,
         transform: v2.Transform,
-        num_channels: int,
-        num_patches: int,
+        config: MAEConfig,
         seed: int,
         repeats: int = 1,
         smallest_crop: SmallestCrop | None = None,
     ) -> None:
-        super().__init__(source, transform, num_channels, seed, repeats, smallest_crop)
-        self.num_patches = num_patches
+        super().__init__(source, transform, config.num_channels, seed, repeats, smallest_crop)
+        self.config = config
 
     def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
-        noise = torch.rand(self.num_patches)
+        noise = draw_noise(self.config, self.config.grid_shape, batch=1)[0]
         return {"pixel_values": self.transform(image), "noise": noise}
 
 

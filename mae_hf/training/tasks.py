@@ -9,6 +9,8 @@ from typing import ClassVar
 from .recipe import Cropped, Recipe, WholeModel
 from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, again, setting
 
+MASK_STRATEGIES = ("random", "unit", "block", "grid")  # of masking.MASK_STRATEGIES
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(WholeModel, Cropped):
@@ -24,6 +26,13 @@ class PretrainRecipe(WholeModel, Cropped):
         None, MODEL, "heads of the decoder, else the size's; 16 in the paper", at_least=1
     )
     mask_ratio: float = setting(0.75, MODEL, "share of the patches that is hidden (Fig. 5)", above=0, below=1)
+    mask_strategy: str = setting(
+        "random",
+        MODEL,
+        "which: random, unit (squares of patches, as SimMIM), block (rectangles, as BEiT) or grid (Table 1f)",
+        choices=MASK_STRATEGIES,
+    )
+    mask_unit: int = setting(2, MODEL, "patches on a side of the squares of unit and grid", at_least=1)
     norm_pix_loss: bool = setting(True, MODEL, "predict pixels normalised per patch (Table 1d)")
     mask_tokens_in_encoder: bool = setting(
         False, MODEL, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image, PngImagePlugin
+from tiny import four_patches
 
 from mae_hf.training.augment import eval_transform, train_transform
 from mae_hf.training.decode import BadImageError, decode_image
@@ -243,7 +244,7 @@ def folder(tmp_path: Path) -> Path:
 def test_samples__another_image_in_place_of_a_bad_one(folder: Path, streaming: bool) -> None:
     source = open_source(str(folder), streaming=streaming)
     rows = list(source.images)
-    images = PretrainingImages(source, eval_transform((8, 8), 1.0), 1, num_patches=4, seed=0)
+    images = PretrainingImages(source, eval_transform((8, 8), 1.0), four_patches(1), seed=0)
     for epoch in range(2):
         for index, row in enumerate(rows):
             key = SampleKey(epoch, index, row if streaming else None)
@@ -276,7 +277,7 @@ def test_missing__is_a_bad_image_like_others(streaming: bool, tmp_path: Path) ->
     table = pa.Table.from_arrays([pa.array(rows, pa.struct(file))], schema=schema)
     pq.write_table(table, tmp_path / "null.parquet")
     source = open_source(str(tmp_path / "null.parquet"), streaming=streaming)
-    images = PretrainingImages(source, eval_transform((8, 8), 1.0), 3, num_patches=4, seed=0)
+    images = PretrainingImages(source, eval_transform((8, 8), 1.0), four_patches(3), seed=0)
     for key in islice(sample_keys(source, seed=0, position=0, shuffle_buffer=3), 16):
         sample = images[key]
         number = key.row["name"].split()[1] if streaming else str(key.image_index)
@@ -323,7 +324,7 @@ def test_unused_bits__are_said_with_what_to_do(bits: int, factor: int | None, st
     source = open_source(str(tmp_path), streaming=streaming)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        PretrainingImages(source, eval_transform((8, 8), 1.0), 1, num_patches=4, seed=0)
+        PretrainingImages(source, eval_transform((8, 8), 1.0), four_patches(1), seed=0)
     said = [str(warning.message) for warning in caught]
     assert len(said) == (factor is not None)
     assert (

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import losses, metrics
+from tiny import four_patches
 from torch import nn
 from torchvision.transforms import v2
 
@@ -36,7 +37,7 @@ def predict_brightness(images: Path, output_dir: Path, stop_at: int | None = Non
     model, *_ = run.prepare(model, torch.optim.AdamW(model.parameters()))
     run.announce({"images": source.summary}, ["one"])
     run.begin()
-    samples = PretrainingImages(source, v2.PILToTensor(), 1, num_patches=4, seed=0)
+    samples = PretrainingImages(source, v2.PILToTensor(), four_patches(1), seed=0)
     for step in run.steps(samples):
         for batch in run.batches(step):
             pixels = batch["pixel_values"].float() / 255

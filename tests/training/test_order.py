@@ -5,6 +5,7 @@ from itertools import islice
 
 import datasets
 import pytest
+from tiny import four_patches
 
 from mae_hf.training.order import make_schedule, sample_keys
 from mae_hf.training.samples import PretrainingImages, batches
@@ -20,7 +21,7 @@ def numbers(count: int) -> ImageSource:
 def keys_of(source: ImageSource, num_processes: int, total_batch_size: int, epochs: int, per_device: int) -> list[list]:
     """For each process, the (epoch, index) of its samples, in order."""
     schedule = make_schedule(source, epochs, total_batch_size, per_device, num_processes)
-    images = PretrainingImages(source, None, 3, 4, seed=5)
+    images = PretrainingImages(source, None, four_patches(3), seed=5)
     return [
         [
             (key.epoch, key.image_index)

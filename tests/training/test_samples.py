@@ -15,6 +15,7 @@ import torch
 from hub import Hub
 from huggingface_hub import HfApi
 from PIL import Image
+from tiny import four_patches
 
 from mae_hf.training.augment import Normalize, eval_transform, image_processor, train_transform
 from mae_hf.training.decode import decode_image
@@ -338,7 +339,7 @@ def test_stream__order_is_no_librarys_to_change(tmp_path: Path, monkeypatch: pyt
 
 
 def pretraining_images(source) -> PretrainingImages:
-    return PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), 3, num_patches=4, seed=5)
+    return PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), four_patches(3), seed=5)
 
 
 def test_pretraining_images__depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_pretraining_images__depend_on_seed_epoch_and_index_alone(tmp_path: Path
 def test_pretraining_images__refuse_channels_that_files_do_not_have(tmp_path: Path) -> None:
     source = open_source(write_folder(tmp_path, ["0.png"]))
     with pytest.raises(ValueError, match="1, 3 or 4 channels, but num_channels is 7"):
-        PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), 7, num_patches=4, seed=0)
+        PretrainingImages(source, train_transform((8, 8), [0.2, 1.0], True), four_patches(7), seed=0)
 
 
 def steps_of_noise(source, processes: int, workers: int = 0, first_step: int = 0) -> list[torch.Tensor]:

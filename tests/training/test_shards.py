@@ -9,6 +9,7 @@ import pytest
 import run_pretrain
 from PIL import Image
 from scripts import skipped
+from tiny import four_patches
 
 from mae_hf.training.augment import eval_transform
 from mae_hf.training.order import sample_keys
@@ -42,7 +43,7 @@ def whole(path: Path, first: int, ending: str = "png") -> bytes:
 def greys_and_problems(dataset: str, streaming: bool, count: int) -> tuple[list[int], list[str]]:
     """The images of an epoch that can be used, sorted, and what is said of the others."""
     source = open_source(dataset, streaming=streaming)
-    images = PretrainingImages(source, eval_transform((8, 8), 1.0), 3, num_patches=4, seed=0)
+    images = PretrainingImages(source, eval_transform((8, 8), 1.0), four_patches(3), seed=0)
     samples = [images[key] for key in islice(sample_keys(source, 0, 0, shuffle_buffer=3), count)]
     used = [int(sample["pixel_values"][0, 0, 0]) for sample in samples if not sample["problem"]]
     return sorted(used), [sample["problem"] for sample in samples if sample["problem"]]
