@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .masking import MASK_STRATEGIES
+from .targets import DEFAULT_LOSS, LOSSES, OWN_TARGETS, TARGETS, hog_size
 
 # A decoder of the paper for every size would take nine tenths of a step of "tiny", and be wider than its encoder.
 DECODER_TINY = {"decoder_hidden_size": 192, "decoder_num_hidden_layers": 4, "decoder_num_attention_heads": 6}
@@ -46,6 +47,7 @@ LARGEST: dict[str, int] = {
     "decoder_num_attention_heads": 2**10,
     "decoder_intermediate_size": 2**18,
     "mask_unit": 2**15,
+    "target_size": 2**20,
     "pyramid_channels": 2**15,
     "segmentation_channels": 2**15,
     "anchor_size": 2**15,
@@ -53,7 +55,7 @@ LARGEST: dict[str, int] = {
     "proposals_per_image": 2**15,
     "detections_per_image": 2**15,
 }
-MAY_BE_NONE = ("segmentation_channels", "anchor_size")
+MAY_BE_NONE = ("segmentation_channels", "anchor_size", "target_size")
 LARGEST_SIDE = 2**16  # of an image in pixels
 
 # The levels of a backbone's pyramid -> by how much its map is finer than that of the patches. Of patches of 16 pixels
@@ -133,6 +135,13 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             `masking.mask_noise`. Always as many as `mask_ratio` says.
         mask_unit: patches on a side of the squares of `"unit"` and `"grid"`.
         norm_pix_loss: predict pixels normalised by the mean and variance of their patch (Table 1d).
+        target: what is predicted of each hidden patch: `"pixel"`, the paper's; `"hog"`, histograms of oriented
+            gradients (MaskFeat); `"features"`, those of a teacher, or `"tokens"`, of a vocabulary (BEiT), both of which
+            `forward` is given. `norm_pix_loss` is of pixels alone.
+        target_size: of "features" how many numbers a patch, of "tokens" the size of the vocabulary.
+        target_loss: `"mse"`, `"l1"`, `"smooth_l1"` or, of "features", `"cosine"`; of "tokens" `"cross_entropy"`. `None`
+            means `targets.DEFAULT_LOSS`.
+        distilled_from: the teacher that "features" were of, or the tokenizer of "tokens", for the record.
         mask_tokens_in_encoder: in pre-training, the encoder sees a mask token in place of each hidden patch, rather
             than only the visible ones: the slower and worse choice of Table 1c, for comparison.
         decoder_type: `"self"`, the paper's decoder: self-attention over latents and mask tokens. `"cross"`: each mask
@@ -197,6 +206,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     mask_strategy: str = "random"
     mask_unit: int = 2
     norm_pix_loss: bool = True
+    target: str = "pixel"
+    target_size: int | None = None
+    target_loss: str | None = None
+    distilled_from: str | None = None
     mask_tokens_in_encoder: bool = False
     decoder_type: str = "self"
     prediction_ratio: float | int = 1.0
@@ -316,6 +329,18 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         return height * width * self.num_channels
 
     @property
+    def prediction_size(self) -> int:
+        """T, the numbers that the decoder predicts for a patch."""
+        if self.target == "hog":
+            return hog_size(self.patch_shape, self.num_channels)
+        return self.patch_dim if self.target == "pixel" else self.target_size  # type: ignore[return-value]  # checked
+
+    @property
+    def loss_of_target(self) -> str:
+        """What a prediction is compared by: `target_loss`, or the target's own."""
+        return self.target_loss or DEFAULT_LOSS[self.target]
+
+    @property
     def stage_names(self) -> list[str]:
         """The maps that a backbone can return: of the embeddings, of each block, and of the pyramid."""
         blocks = [f"stage{block}" for block in range(1, self.num_hidden_layers + 1)]
@@ -421,6 +446,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"mask_unit is {self.mask_unit}, but squares of a grid of {rows}x{columns} patches have from 2 to "
                 f"{max(self.grid_shape) // 2} patches on a side."
             )
+        self._check_target()
         if self.decoder_type not in ("self", "cross"):
             raise ValueError(f"decoder_type must be 'self' or 'cross', but is {self.decoder_type!r}.")
         if not _is_number(self.prediction_ratio) or not 0 < self.prediction_ratio <= 1:
@@ -452,12 +478,36 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.mask_tokens_in_encoder and self.decoder_type == "cross":
             raise ValueError("decoder_type='cross' has mask tokens of its own: leave out mask_tokens_in_encoder.")
         patch_height, patch_width = self.patch_shape
-        if self.norm_pix_loss and patch_height * patch_width * self.num_channels == 1:
+        if self.norm_pix_loss and self.target == "pixel" and patch_height * patch_width * self.num_channels == 1:
             raise ValueError(
                 "A patch of one value has no variance to be normalised by: choose a larger patch_size, or "
                 "norm_pix_loss=False."
             )
         self.num_visible_patches(self.num_patches)
+
+    def _check_target(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be {_one_of(TARGETS)}, but is {self.target!r}.")
+        if self.target_loss is not None:
+            if self.target_loss not in LOSSES:
+                raise ValueError(f"target_loss must be {_one_of(LOSSES)}, but is {self.target_loss!r}.")
+            of_classes = self.target_loss == "cross_entropy"
+            if of_classes != (self.target == "tokens") or (self.target_loss == "cosine" and self.target != "features"):
+                raise ValueError(
+                    f"target_loss is {self.target_loss!r}, which is none for {self.target!r}: 'cross_entropy' is for "
+                    f"'tokens' alone, and theirs alone, and 'cosine' for 'features'."
+                )
+        if self.target in OWN_TARGETS and self.target_size is not None:
+            raise ValueError(f"target_size follows from the patches for target {self.target!r}: leave it out.")
+        if self.target not in OWN_TARGETS and self.target_size is None:
+            of_what = "the numbers of a patch's features" if self.target == "features" else "the size of the vocabulary"
+            raise ValueError(f"target {self.target!r} needs target_size, {of_what}.")
+        if self.target == "hog" and min(self.patch_shape) < 2:
+            raise ValueError(
+                "A patch that is one pixel high or wide has no gradients: target 'hog' needs two at least."
+            )
+        if self.distilled_from is not None and not isinstance(self.distilled_from, str):
+            raise ValueError(f"distilled_from must be a text, but is {self.distilled_from!r}.")
 
     def num_visible_patches(self, num_patches: int, mask_ratio: float | None = None) -> int:
         """V, how many of `num_patches` patches stay visible: N * (1 - ratio), rounded down as in the original.

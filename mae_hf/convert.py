@@ -281,6 +281,11 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
             f"{model.config.mask_tokens_in_encoder}: {to} has only the paper's decoder, which cannot run such weights. "
             f"Convert the encoder --to vit or timm."
         )
+    if has_decoder and model.config.target != "pixel":
+        raise ValueError(
+            f"This model predicts {model.config.target!r}: the decoder of {to} predicts pixels. Convert the encoder "
+            f"--to vit or timm."
+        )
     if to in ("vit_mae", "vit"):
         return _save_transformers(model, Path(destination), to)
     return _save_original(model, Path(destination), to)

@@ -189,4 +189,4 @@ class DecoderLayers(nn.Module):
             for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(width, config.patch_dim)
+        self.decoder_pred = nn.Linear(width, config.prediction_size)

@@ -30,17 +30,18 @@ from .inputs import (
 from .layers import DecoderLayers, MAELayer, pool
 from .loading import PARTS_OF_MAPS, PARTS_OF_PRETRAINING, CheckpointModel
 from .masking import replace_hidden, restore, take
-from .patches import normalize_patches, patchify, resize_position_table, sincos_position_table
+from .patches import patchify, resize_position_table, sincos_position_table
 from .reconstruction import ReconstructionMixin
+from .targets import check_target, loss_of_patches, own_target
 
 
 @dataclass
 class MAEForPreTrainingOutput(ModelOutput):
     """What `MAEForPreTraining` returns; the fields of transformers' `ViTMAEForPreTrainingOutput`, and one more.
 
-    loss: () float32, mean squared error over the hidden patches.
-    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`; of a "cross" decoder in training
-        only those of `ids_predicted`.
+    loss: () float32, mean over the hidden patches of the mean squared error, or of what the target is compared by.
+    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`, or (B, N, T) of another target; of
+        a "cross" decoder in training only those of `ids_predicted`.
     mask: (B, N) float32, 1 where a patch was hidden.
     ids_restore: (B, N) int64, where each patch went in the shuffled order.
     hidden_states, attentions: of the encoder, see `MAEModel`.
@@ -310,6 +311,7 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         return_loss: bool = True,
+        target: Tensor | None = None,
         **kwargs: Any,
     ) -> MAEForPreTrainingOutput:
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
@@ -328,10 +330,12 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
             interpolate_pos_encoding: accept images of another size than the configuration's.
             output_hidden_states, output_attentions: of the encoder, see `MAEModel`.
             return_loss: compute the loss. (By this argument transformers' Trainer sees that evaluation has one.)
+            target: where `config.target` is "features" (B, N, T) float, "tokens" (B, N) int, of all patches in raster
+                order; pixels and HOG are computed here.
 
         Raises:
             TypeError: an argument is unknown.
-            ValueError: the images, the noise or the mask do not fit, or nothing would be visible or hidden.
+            ValueError: the images, the noise, the mask or the target do not fit, or nothing would be visible or hidden.
         """
         refuse_unknown(self, kwargs)
         grid_shape = grid_of(pixel_values, self.config, interpolate_pos_encoding)
@@ -344,7 +348,11 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
         )
         ids_predicted = self.decoder.ids_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)
-        loss = self._reconstruction_loss(patches, logits, mask, ids_predicted) if return_loss else None
+        loss = None
+        if return_loss:
+            check_target(target, self.config, mask.shape)
+            target = own_target(self.config, pixel_values, patches) if target is None else target
+            loss = self._loss_of_hidden(logits, target, mask, ids_predicted)
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -355,15 +363,12 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
             ids_predicted=ids_predicted,
         )
 
-    def _reconstruction_loss(
-        self, patches: Tensor, logits: Tensor, mask: Tensor, ids_predicted: Tensor | None
-    ) -> Tensor:
-        """Mean over the hidden patches of the mean squared error of their pixels, always in float32."""
-        target = patches
+    def _loss_of_hidden(self, logits: Tensor, target: Tensor, mask: Tensor, ids_predicted: Tensor | None) -> Tensor:
+        """Mean over the hidden patches of how far their prediction is from the target, always in float32."""
         if ids_predicted is not None:
-            target, mask = take(target, ids_predicted), mask.gather(1, ids_predicted)
-        target = normalize_patches(target) if self.config.norm_pix_loss else target.float()
-        patch_loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
+            mask = mask.gather(1, ids_predicted)
+            target = target.gather(1, ids_predicted) if target.ndim == 2 else take(target, ids_predicted)
+        patch_loss = loss_of_patches(logits, target, self.config.loss_of_target)  # (B, N)
         return (patch_loss * mask).sum() / mask.sum()
 
 

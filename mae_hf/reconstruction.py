@@ -85,9 +85,14 @@ class ReconstructionMixin(CheckpointModel):
             predictions get the mean and deviation of the true patch back, as in the paper's figures.
 
         Raises:
-            ValueError: the checkpoint had no decoder, one of mean and std is missing, or the images or the mask do not
-                fit.
+            ValueError: the model does not predict pixels, the checkpoint had no decoder, one of mean and std is
+                missing, or the images or the mask do not fit.
         """
+        if self.config.target != "pixel":
+            raise ValueError(
+                f"This model predicts {self.config.target!r}, of which no picture can be made: only one with "
+                f"target='pixel' reconstructs images."
+            )
         if self.decoder_is_random:
             raise ValueError(
                 "The checkpoint has no trained decoder, so the decoder is random and its pictures would show nothing: "

@@ -47,6 +47,7 @@ CODE = {
         "patches.py",
         "reconstruction.py",
     ),
+    "targets.py",
     "windows.py",
 }
 MODELS = [

@@ -627,7 +627,8 @@ def test_autocast__target_and_loss_in_float32(dtype: torch.dtype) -> None:
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
     # The loss of these very logits, in float32 from there on.
-    assert output.loss == model._reconstruction_loss(model.patchify(IMAGES), output.logits.float(), output.mask, None)
+    target = normalize_patches(model.patchify(IMAGES))
+    assert output.loss == model._loss_of_hidden(output.logits.float(), target, output.mask, None)
     assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
 
 
@@ -901,6 +902,7 @@ def test_auto_classes__find_the_models_and_the_checkpoint_carries_its_code(tmp_p
             "patches.py",
             "reconstruction.py",
         ),
+        "targets.py",
         "windows.py",
     }
     assert {path.name for path in tmp_path.glob("*.py")} == code

@@ -31,7 +31,7 @@ FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "metrics.jsonl"),
     *("versions.json", "reconstruction.png", "configuration_mae.py", "cross_decoder.py", "modeling_dense.py"),
     *("inputs.py", "layers.py", "loading.py", "masking.py", "modeling_mae.py", "patches.py", "reconstruction.py"),
-    *("modeling_detection.py", "modeling_segmentation.py", "windows.py"),
+    *("modeling_detection.py", "modeling_segmentation.py", "targets.py", "windows.py"),
 }
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),

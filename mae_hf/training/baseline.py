@@ -1,14 +1,16 @@
 """What a pre-training loss is compared with, that of predicting the mean; and the runs that will not get below it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..configuration_mae import MAEConfig
-from ..patches import normalize_patches, patchify
+from ..patches import patchify
+from ..targets import loss_of_patches, own_target
 from .augment import Normalize
 from .order import SampleKey
 from .samples import PretrainingImages
@@ -18,23 +20,45 @@ IMAGES = 32  # thousands of patches, which is enough for two digits
 FEW_STEPS = 300
 
 
-def loss_of_mean(images: PretrainingImages, normalize: Normalize, config: MAEConfig) -> float:
-    """The loss of a model that has learned nothing but the mean: of each patch for normalised targets, else the colour.
+def loss_of_mean(
+    images: PretrainingImages,
+    normalize: Normalize,
+    config: MAEConfig,
+    target_of: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """The loss of a model that has learned nothing but the mean: of each patch for normalised pixels, else of them all.
 
-    Measured on some images of the run, all of their patches. For normalised targets it is about 1, and less by the
-    share of the patches that are flat.
+    Measured on some images of the run, all of their patches. For normalised pixels it is about 1, and less by the share
+    of the patches that are flat. Of plain pixels the mean is the colour, of tokens how often each of them is there.
+
+    Args:
+        images: of the run.
+        normalize: the pixels, for the model.
+        config: of the model.
+        target_of: pixel_values (B, C, H, W) uint8 -> target, where the model does not compute it itself.
     """
     if images.source.is_stream:
         samples = images.first(IMAGES)
     else:
         order = image_order(len(images.source.images), images.seed, epoch=0)[:IMAGES]
         samples = images.__getitems__([SampleKey(0, index) for index in order.tolist()])
-    pixel_values = normalize(default_collate([sample["pixel_values"] for sample in samples]))
-    if config.norm_pix_loss:
-        target = normalize_patches(patchify(pixel_values, config.patch_shape))  # each patch has the mean 0
+    pixels = default_collate([sample["pixel_values"] for sample in samples])
+    if target_of is None:
+        pixel_values = normalize(pixels)
+        target = own_target(config, pixel_values, patchify(pixel_values, config.patch_shape))
     else:
-        target = pixel_values - pixel_values.mean(dim=(0, 2, 3), keepdim=True)
-    return float(torch.mean(target.square()))
+        target = target_of(pixels)
+    if config.target == "tokens":
+        counts = torch.bincount(target.flatten(), minlength=config.prediction_size)
+        predicted = (counts + 1).log().expand(*target.shape, -1)  # one more of each: some are not in these images
+    elif config.target == "pixel" and config.norm_pix_loss:
+        predicted = torch.zeros_like(target)
+    elif config.target == "pixel":  # the channels are innermost
+        colours = target.unflatten(-1, (-1, config.num_channels))
+        predicted = colours.mean(dim=(0, 1, 2)).expand_as(colours).flatten(-2)
+    else:
+        predicted = target.mean(dim=(0, 1)).expand_as(target)
+    return float(loss_of_patches(predicted, target, config.loss_of_target).mean())
 
 
 def doubts(steps: int, steps_per_epoch: float, warmup_steps: int = 0) -> list[str]:
