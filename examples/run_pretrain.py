@@ -8,6 +8,7 @@ Settings are those of mae_hf.training.tasks.PretrainRecipe (--help lists them): 
 file, then the command line. Starting again in a run folder continues the run.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
@@ -35,19 +36,25 @@ from mae_hf.training.samples import PretrainingImages
 from mae_hf.training.sources import ImageSource, open_source
 from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import PretrainRecipe
+from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen, open_teacher
 
 PICTURES = 8
 # What may differ from the checkpoint.
-OF_RECIPE = ("image_size", "mask_ratio", "mask_strategy", "mask_unit", "norm_pix_loss")
+OF_RECIPE = ("image_size", "mask_ratio", "mask_strategy", "mask_unit", "norm_pix_loss", "target", "target_loss")
 
 
-def build_model(recipe: PretrainRecipe) -> MAEForPreTraining:
-    """A model from scratch, or the recipe's checkpoint at the recipe's image size, mask ratio and target."""
+def build_model(recipe: PretrainRecipe, teacher: Teacher | PatchTokenizer | None = None) -> MAEForPreTraining:
+    """A model from scratch, or the recipe's checkpoint at the recipe's image size, masks and target."""
+    target = {"target_size": None, "distilled_from": None, "target_loss": recipe.target_loss}
+    if teacher is not None:
+        target |= {"target_size": teacher.size, "distilled_from": teacher.description}
     if recipe.model_name_or_path is None:
-        model = MAEForPreTraining(recipe.config())
+        model = MAEForPreTraining(recipe.config(**target))
     else:
-        config = recipe.checkpoint_config(OF_RECIPE)
-        model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config)
+        config = recipe.checkpoint_config(OF_RECIPE, **target)
+        before = MAEConfig.from_pretrained(recipe.model_name_or_path)
+        of_target = ("decoder.decoder_pred.",) if before.prediction_size != config.prediction_size else ()
+        model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config, of_target)
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
@@ -72,10 +79,15 @@ def main(arguments: list[str] | None = None) -> None:
         source = open_source(
             recipe.dataset, recipe.split, recipe.image_column, recipe.streaming, config=recipe.dataset_config
         )
+        teacher = open_teacher(recipe)
     recipe = recipe.fitted(source.length)
+    if teacher is not None:
+        recipe = replace(recipe, teacher_revision=teacher.revision)
     set_seed(recipe.seed)
-    model = build_model(recipe)
+    model = build_model(recipe, teacher)
     config = model.config
+    if teacher is not None:
+        teacher.to(run.device).lay_on(config)
     recipe = run.open(recipe, config, source)
     run.plan(source)
     betas = (recipe.adam_beta1, recipe.adam_beta2)
@@ -87,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- what is about to happen; resume if the folder has a checkpoint
     parameters, of_encoder = number_of_parameters(bare_model), number_of_parameters(bare_model.vit)
-    new_decoder = ", which has no decoder: that is new" if bare_model.decoder_is_random else ""
+    of_target = "" if config.target == "pixel" else f" of {config.target}"
+    new_decoder = f", which has no decoder{of_target}: that is new" if bare_model.decoder_is_random else ""
     height, width = config.image_shape
     about = {
         "images": source.summary,
@@ -96,15 +109,25 @@ def main(arguments: list[str] | None = None) -> None:
         "patches": f"{height}x{width} pixels in {config.num_patches} patches, the encoder sees "
         f"{config.num_visible_patches(config.num_patches)}",
     }
+    if teacher is not None:
+        about["target"] = f"{config.target} of {teacher.description}, {teacher.size:,} {teacher.unit}"
     said = run.announce(about, [f"base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}"])
     run.begin(shareable_recipe(recipe, source.name) if recipe.push_to_hub else None)
 
     # --- the loop
-    transform = train_transform(config.image_shape, recipe.crop_scale, recipe.horizontal_flip)
-    smallest_crop = SmallestCrop(recipe.crop_scale[0], config.image_shape) if recipe.reduced_decoding else None
+    view = config.image_shape if teacher is None else teacher.view
+    transform = train_transform(view, recipe.crop_scale, recipe.horizontal_flip)
+    smallest_crop = SmallestCrop(recipe.crop_scale[0], view) if recipe.reduced_decoding else None
     images = PretrainingImages(source, transform, config, recipe.seed, recipe.repeated_augmentation, smallest_crop)
     normalize = Normalize(recipe.image_mean, recipe.image_std, run.device)
     fixed = fixed_batch(source, config, recipe)
+
+    def taught(pixels: torch.Tensor) -> torch.Tensor | None:
+        """The target of a batch of crops, where the model does not compute it itself."""
+        if teacher is None:
+            return None
+        with accelerator.autocast():
+            return teacher(pixels)
 
     def save_reconstructions(path: Path) -> None:
         # Every process takes part, because a sharded model needs them all; one writes.
@@ -117,26 +140,31 @@ def main(arguments: list[str] | None = None) -> None:
     def export() -> None:
         """Write what others load into the run folder: picture, model, processor and card; every process takes part."""
         with run.folder.exporting(accelerator) as path:
-            save_reconstructions(path / "reconstruction.png")
+            if config.target == "pixel":
+                save_reconstructions(path / "reconstruction.png")
             state = accelerator.get_state_dict(bare_model)
             bare_model.save_pretrained(path, state_dict=state, is_main_process=run.is_main)
             if run.is_main:
                 processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
                 processor.save_pretrained(path)
-                write_pretraining_card(path, recipe, source.name, run.folder.history(), parameters)
+                write_pretraining_card(
+                    path, recipe, source.name, run.folder.history(), parameters, config.distilled_from
+                )
 
     steps = run.steps(images)
-    of_mean = loss_of_mean(images, normalize, config)  # while the workers load
+    of_mean = loss_of_mean(images, normalize, config, taught)  # while the workers load
     for step in steps:
         for batch in run.batches(step):
             noise = batch["noise"].to(run.device, non_blocking=True)
-            run.backward(model(normalize(batch["pixel_values"]), noise=noise).loss)
+            pixels = batch["pixel_values"].to(run.device, non_blocking=True)
+            pixel_values = normalize(as_seen(pixels, config.image_shape))
+            run.backward(model(pixel_values, noise=noise, target=taught(pixels)).loss)
         run.end_step(step, loss_of_mean=of_mean)
         # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.
         if run.save_if_due(step) and run.is_to_be_pushed(step):
             export()
             run.push_in_background(step)
-        if recipe.picture_every and step % recipe.picture_every == 0:
+        if config.target == "pixel" and recipe.picture_every and step % recipe.picture_every == 0:
             save_reconstructions(run.folder.pictures / f"step-{step:08d}.png")
     run.end_steps()
 
@@ -147,8 +175,14 @@ def main(arguments: list[str] | None = None) -> None:
         if doubt not in said:
             run.say(f"warning   {doubt}")
     path = run.folder.path
-    run.say(f"The model is in {path}, what it reconstructs in {path / 'reconstruction.png'}. Next:")
-    run.say(f"    mae-hf visualize {path} YOUR_IMAGE.jpg")
+    if config.target == "pixel":
+        run.say(f"The model is in {path}, what it reconstructs in {path / 'reconstruction.png'}. Next:")
+        run.say(f"    mae-hf visualize {path} YOUR_IMAGE.jpg")
+    else:
+        run.say(f"The model is in {path}. Next:")
+        run.say(
+            f"    mae-hf linear_probe --model_name_or_path {path} --dataset YOUR_LABELLED_IMAGES --eval_fraction 0.2"
+        )
 
 
 if __name__ == "__main__":

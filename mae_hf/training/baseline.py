@@ -24,7 +24,7 @@ def loss_of_mean(
     images: PretrainingImages,
     normalize: Normalize,
     config: MAEConfig,
-    target_of: Callable[[Tensor], Tensor] | None = None,
+    target_of: Callable[[Tensor], Tensor | None],
 ) -> float:
     """The loss of a model that has learned nothing but the mean: of each patch for normalised pixels, else of them all.
 
@@ -35,7 +35,7 @@ def loss_of_mean(
         images: of the run.
         normalize: the pixels, for the model.
         config: of the model.
-        target_of: pixel_values (B, C, H, W) uint8 -> target, where the model does not compute it itself.
+        target_of: pixel_values (B, C, H, W) uint8 -> target, or None where the model computes it itself.
     """
     if images.source.is_stream:
         samples = images.first(IMAGES)
@@ -43,11 +43,10 @@ def loss_of_mean(
         order = image_order(len(images.source.images), images.seed, epoch=0)[:IMAGES]
         samples = images.__getitems__([SampleKey(0, index) for index in order.tolist()])
     pixels = default_collate([sample["pixel_values"] for sample in samples])
-    if target_of is None:
+    target = target_of(pixels)
+    if target is None:
         pixel_values = normalize(pixels)
         target = own_target(config, pixel_values, patchify(pixel_values, config.patch_shape))
-    else:
-        target = target_of(pixels)
     if config.target == "tokens":
         counts = torch.bincount(target.flatten(), minlength=config.prediction_size)
         predicted = (counts + 1).log().expand(*target.shape, -1)  # one more of each: some are not in these images

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 import yaml
 
 from .paths import RECIPES, absence, is_absent_path
-from .recipe import TRACKERS, Recipe
+from .recipe import PLACES, TRACKERS, Recipe
 from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, kind_of, may_be_unset, nearest
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
@@ -244,7 +244,7 @@ def read_recipe(
     if default is not None and not {word.split("=")[0] for word in words} & {"--recipe", "--dataset", "--help", "-h"}:
         words = ["--recipe", default, *words]
     recipe = parse_recipe(recipe_class, words)
-    for name in ("model_name_or_path", "dataset", "eval_dataset"):
+    for name in PLACES:
         path = getattr(recipe, name, None)
         if path is not None and is_absent_path(path):
             raise ValueError(f"{name}: {absence(path)}")

@@ -20,6 +20,14 @@ from .tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, Segmentation
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10
+# What a card says of masks and targets.
+MASKS = {
+    "random": "",
+    "unit": " in squares of {unit} x {unit}",
+    "block": " in rectangles",
+    "grid": ", all but one of each square of {unit} x {unit}",
+}
+PREDICTED = {"pixel": "pixels", "hog": "histograms of oriented gradients", "features": "features", "tokens": "tokens"}
 
 
 def hub_dataset(recipe: Recipe, source_name: str) -> str | None:
@@ -48,6 +56,8 @@ def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = N
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
     hidden += [name for name in vars(recipe) if name == "class_list"]
+    of_target = {name: getattr(recipe, name, None) for name in ("teacher", "tokenizer")}
+    hidden += [name for name, path in of_target.items() if path is not None and Path(path).exists()]
     return as_yaml(recipe, without=hidden)
 
 
@@ -82,6 +92,7 @@ def write_pretraining_card(
     source_name: str,
     history: list[dict[str, Any]],
     num_parameters: int,
+    distilled_from: str | None = None,
 ) -> None:
     """Fill in the template pretrain.md and write it as README.md beside the model.
 
@@ -93,6 +104,7 @@ def write_pretraining_card(
         source_name: what the images are called, `ImageSource.name`.
         history: the records of metrics.jsonl.
         num_parameters: of encoder and decoder.
+        distilled_from: of the configuration.
     """
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
     data = ModelCardData(
@@ -114,6 +126,9 @@ def write_pretraining_card(
         recipe=shareable_recipe(recipe, source_name),
         epochs=_epochs(recipe, history),
         mask_percent=round(100 * recipe.mask_ratio),
+        masks=MASKS[recipe.mask_strategy].format(unit=recipe.mask_unit),
+        target=PREDICTED[recipe.target],
+        distilled_from=distilled_from,
         decoder_type=recipe.decoder_type,
         predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",

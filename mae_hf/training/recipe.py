@@ -16,6 +16,8 @@ from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, may_be_
 if TYPE_CHECKING:
     from ..configuration_mae import MAEConfig
 
+# Settings that name a place: another spelling of it is the same.
+PLACES = ("dataset", "eval_dataset", "model_name_or_path", "teacher", "tokenizer")
 SIZE_NAMES = ("tiny", "small", "base", "large", "huge")  # of configuration_mae.SIZES
 # What Accelerate can log to, and the packages one of which it needs for that.
 TRACKERS = {
@@ -244,7 +246,7 @@ class Recipe:
                 raise ValueError(f"{one.name} cannot be left without a value.")
             if value is not None:
                 one.metadata["range"].refuse(one.name, value)
-        for name in ("dataset", "eval_dataset", "model_name_or_path", "output_dir"):
+        for name in (*PLACES, "output_dir"):
             if (getattr(self, name, None) or "").startswith("~"):  # where the shell has not done it: --output_dir='~/x'
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name in ("image_size", "patch_size"):
@@ -308,7 +310,7 @@ class Recipe:
         """The configuration of a model that starts from scratch, with fields that no recipe knows on top."""
         from ..configuration_mae import MAEConfig
 
-        return MAEConfig.from_size(self.size or "base", **self.architecture(), **more)
+        return MAEConfig.from_size(self.size or "base", **{**self.architecture(), **more})
 
     def checkpoint_config(self, may_differ: Sequence[str], **more: Any) -> "MAEConfig":
         """The configuration of the recipe's checkpoint with what the recipe may change of it.
@@ -334,7 +336,7 @@ class Recipe:
                     f"{name} is {value} in the recipe and {getattr(config, name)} in the checkpoint "
                     f"{self.model_name_or_path}, which decides the architecture: leave {name} out."
                 )
-        return MAEConfig.from_pretrained(self.model_name_or_path, **self.architecture(), **more)
+        return MAEConfig.from_pretrained(self.model_name_or_path, **{**self.architecture(), **more})
 
     def resolved(self: RecipeType, config: "MAEConfig", mixed_precision: str) -> RecipeType:
         """This recipe with what was left to the checkpoint, to the model and to the machine filled in."""

@@ -20,14 +20,13 @@ from .checkpoints import Checkpoints, finish_writing, progress_of
 from .command_line import as_yaml
 from .files import append_records, as_json, flush, read_records, replace, writing
 from .lock import lock, unlock, unlock_all
+from .recipe import PLACES
 from .settings import may_change
 
 LIBRARIES = (
     *("mae_hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface-hub", "safetensors"),
     *("pillow", "numpy"),
 )
-# Settings that name a place: another spelling of it is the same.
-PLACES = ("dataset", "eval_dataset", "model_name_or_path")
 # Which images a setting names; where they are the same ones by number and names, it may name another place.
 IMAGES = {"dataset": "train", "eval_dataset": "evaluation"}
 # What a run writes into its folder, apart from checkpoints, pictures and the code of the model: at the end, and before.

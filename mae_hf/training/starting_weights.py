@@ -22,7 +22,9 @@ VIEW = ("size", "do_center_crop", "crop_size")
 MAY_CHANGE_SHAPE = ("classifier.", "decode_head.", "auxiliary_head.")
 
 
-def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[Any, list[str]]:
+def load_with_encoder(
+    model_class: Any, name: str, config: MAEConfig, may_change_shape: tuple[str, ...] = MAY_CHANGE_SHAPE
+) -> tuple[Any, list[str]]:
     """A model with the whole encoder of a checkpoint, in float32, and the names of its weights that are new.
 
     New are a decoder, a head or `fc_norm` that the checkpoint does not have, and what has to change its shape.
@@ -31,6 +33,7 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
         model_class: one of the three models.
         name: of the checkpoint, a folder or on the Hub.
         config: of the model.
+        may_change_shape: beginnings of the names of weights that are new where they are of another shape.
 
     Raises:
         ValueError: a weight of the encoder is missing or left over, a decoder or a head is there in pieces, or a weight
@@ -45,7 +48,7 @@ def load_with_encoder(model_class: Any, name: str, config: MAEConfig) -> tuple[A
     has_some_of = {part_of(key) for key in model.state_dict().keys() - loaded["missing_keys"]}
     lacking = sorted(k for k in loaded["missing_keys"] if ENCODER_PART.match(k) or part_of(k) in has_some_of)
     left_over = sorted(filter(ENCODER_PART.match, loaded["unexpected_keys"]))
-    misshapen = sorted(key for key in mismatched if not key.removeprefix("vit.").startswith(MAY_CHANGE_SHAPE))
+    misshapen = sorted(key for key in mismatched if not key.removeprefix("vit.").startswith(may_change_shape))
     problems = {"missing is": lacking, "left over is": left_over, "of another shape is": misshapen}
     said = [f"{problem} {first_few(keys)}" for problem, keys in problems.items() if keys]
     if said:

@@ -9,7 +9,10 @@ from typing import ClassVar
 from .recipe import Cropped, Recipe, WholeModel
 from .settings import HUB, IMAGES, MODEL, OPTIMISATION, PIXELS, RUNNING, again, setting
 
-MASK_STRATEGIES = ("random", "unit", "block", "grid")  # of masking.MASK_STRATEGIES
+# Of targets.TARGETS, targets.LOSSES and masking.MASK_STRATEGIES.
+TARGETS = ("pixel", "hog", "features", "tokens")
+TARGET_LOSSES = ("mse", "l1", "smooth_l1", "cosine", "cross_entropy")
+MASK_STRATEGIES = ("random", "unit", "block", "grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,32 @@ class PretrainRecipe(WholeModel, Cropped):
     )
     mask_unit: int = setting(2, MODEL, "patches on a side of the squares of unit and grid", at_least=1)
     norm_pix_loss: bool = setting(True, MODEL, "predict pixels normalised per patch (Table 1d)")
+    target: str = setting(
+        "pixel",
+        MODEL,
+        "what is predicted: pixel; hog, histograms of oriented gradients; features of a frozen teacher; or tokens of a "
+        "tokenizer",
+        choices=TARGETS,
+    )
+    target_loss: str | None = setting(
+        None,
+        MODEL,
+        "what it is compared by: mse, l1, smooth_l1, cosine or cross_entropy; else mse, of features smooth_l1, of "
+        "tokens cross_entropy",
+        choices=TARGET_LOSSES,
+    )
+    teacher: str | None = setting(
+        None, MODEL, "for features: a frozen vision model of transformers or timm, or another MAE; folder or Hub name"
+    )
+    teacher_revision: str | None = setting(
+        None, MODEL, "commit of the teacher on the Hub; of a folder or a tokenizer, the hash of its weights"
+    )
+    teacher_layers: list[int] = setting(
+        [-1], MODEL, "which of its hidden states, side by side; -1 alone is what it ends with"
+    )
+    tokenizer: str | None = setting(
+        None, MODEL, "for tokens: a safetensors file with centres, (vocabulary, numbers of a patch)"
+    )
     mask_tokens_in_encoder: bool = setting(
         False, MODEL, "show the encoder mask tokens, too: slower and worse, for comparison (Table 1c)"
     )
@@ -72,6 +101,13 @@ class PretrainRecipe(WholeModel, Cropped):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, target in (("teacher", "features"), ("tokenizer", "tokens")):
+            if (getattr(self, name) is not None) != (self.target == target):
+                raise ValueError(f"--target {target} and --{name} belong together: give both, or neither.")
+        if self.teacher_revision is not None and self.teacher is None and self.tokenizer is None:
+            raise ValueError("teacher_revision has no effect without a teacher or a tokenizer: leave it out.")
+        if not self.teacher_layers:
+            raise ValueError("teacher_layers must name one hidden state at least.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 

@@ -1,0 +1,317 @@
+"""Frozen teachers and tokenizers: what they give a student, and what a run with one keeps and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_pretrain
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from scripts import losses, metrics
+from test_run_pretrain import photos, pretrain  # noqa: F401  # a fixture
+from tiny import scramble, seeded, tiny_config
+from torch import Tensor
+from torch.nn import functional as F
+
+from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from mae_hf.patches import normalize_patches, patchify
+from mae_hf.training.augment import image_processor
+from mae_hf.training.command_line import parse_recipe, read_recipe
+from mae_hf.training.tasks import PretrainRecipe
+from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+WIDTH = 16
+VIT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+STAGES = {"image_size": 64, "num_channels": 3}
+FAMILIES = {
+    "vit": (transformers.ViTConfig, VIT),
+    "deit": (transformers.DeiTConfig, VIT),
+    "dinov2": (transformers.Dinov2Config, VIT),
+    "registers": (transformers.Dinov2WithRegistersConfig, {**VIT, "num_register_tokens": 3}),
+    "dinov3": (transformers.DINOv3ViTConfig, {**VIT, "num_register_tokens": 2}),
+    "clip": (transformers.CLIPVisionConfig, VIT),
+    "siglip": (transformers.SiglipVisionConfig, VIT),
+    "beit": (transformers.BeitConfig, {**VIT, "use_relative_position_bias": True}),
+    "swin": (
+        transformers.SwinConfig,
+        {**STAGES, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "convnext": (transformers.ConvNextConfig, {**STAGES, "hidden_sizes": [4, 8, 12, 16], "depths": [1, 1, 1, 1]}),
+    "resnet": (
+        transformers.ResNetConfig,
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    ),
+}
+
+
+def save(folder: Path, kind: str) -> str:
+    """A small teacher with random weights and the processor of its images."""
+    config_class, fields = FAMILIES[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config_class(**fields))
+    scramble(model).save_pretrained(folder)
+    shape = (fields.get("image_size", 64),) * 2
+    image_processor(shape, 1.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.2]).save_pretrained(folder)
+    return str(folder)
+
+
+def student(**fields) -> MAEConfig:
+    return tiny_config(target="features", target_size=WIDTH, **fields)
+
+
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("image_size", [32, [32, 64]], ids=["square", "wide"])
+def test_teacher__of_any_family_gives_a_map_on_the_grid(kind: str, image_size, tmp_path: Path) -> None:
+    teacher = Teacher(save(tmp_path, kind))
+    config = student(image_size=image_size)
+    teacher.lay_on(config)
+    assert teacher.size == {"swin": 16}.get(kind, WIDTH)
+    images = pixels(2, 3, *config.image_shape)
+    features = teacher(images)
+    assert features.shape == (2, config.num_patches, teacher.size)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    assert torch.allclose(features.mean(dim=-1), torch.zeros(()), atol=1e-4)
+    assert torch.allclose(features.var(dim=-1, unbiased=False), torch.ones(()), atol=2e-2)
+    assert torch.equal(features[1:], teacher(images[1:])) or torch.allclose(
+        features[1:], teacher(images[1:]), atol=1e-5
+    )
+    # Where the image changes, the features of that place change the most.
+    changed = images.clone()
+    changed[:, :, :16, :16] = 255 - changed[:, :, :16, :16]
+    difference = (teacher(changed) - features).abs().mean(dim=(0, 2)).view(config.grid_shape)
+    assert difference[:2, :2].mean() > difference[2:, 2:].mean()
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "registers", "clip"])
+def test_teacher__plain_vit_is_seen_at_a_token_for_each_patch(kind: str, tmp_path: Path) -> None:
+    name = save(tmp_path, kind)
+    teacher = Teacher(name)
+    config = student(image_size=[24, 20], patch_size=4)  # 6 x 5 patches, which are 48 x 40 pixels of the teacher's
+    teacher.lay_on(config)
+    assert teacher.view == (48, 40)
+    images = pixels(2, 3, 48, 40)
+    model = transformers.AutoModel.from_pretrained(name).eval()
+    model = getattr(model, "vision_model", model)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(-1, 1, 1), torch.tensor([0.2, 0.3, 0.2]).view(-1, 1, 1)
+    more = {} if kind in ("dinov2", "registers") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        states = model((images / 255 - mean) / std, **more).last_hidden_state[:, -30:]
+    assert torch.allclose(teacher(images), F.layer_norm(states, (WIDTH,)), atol=1e-5)
+
+
+def test_teacher__layers_side_by_side(tmp_path: Path) -> None:
+    name = save(tmp_path, "vit")
+    both, first, second = Teacher(name, layers=[1, 2]), Teacher(name, layers=[1]), Teacher(name, layers=[2])
+    assert (both.size, first.size) == (2 * WIDTH, WIDTH)
+    images = pixels(1, 3, 32, 32)
+    for teacher in (both, first, second):
+        teacher.lay_on(student())
+    assert torch.equal(both(images), torch.cat([first(images), second(images)], dim=-1))
+    with pytest.raises(ValueError, match=r"teacher_layers are \[7\], but .* has 3 hidden states, 0 to 2"):
+        Teacher(name, layers=[7])
+
+
+@pytest.mark.parametrize("kind", ["pretraining", "classifier", "vit_mae"])
+def test_teacher__another_mae_sees_every_patch(kind: str, tmp_path: Path) -> None:
+    """A teacher may be the user's own earlier run; transformers' AutoModel of a ViTMAE would hide most of an image."""
+    config = tiny_config(pooling="cls")
+    if kind == "vit_mae":
+        own = {name: value for name, value in VIT.items() if name != "hidden_size"}
+        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(hidden_size=32, **own))
+    else:
+        model = seeded(MAEForPreTraining if kind == "pretraining" else MAEForImageClassification, config)
+    model.save_pretrained(tmp_path)
+    image_processor((32, 32), 1.0, [0.4] * 3, [0.2] * 3).save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path))
+    teacher.lay_on(student())
+    images = pixels(2, 3, 32, 32)
+    encoder = MAEModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = encoder((images / 255 - 0.4) / 0.2).last_hidden_state[:, 1:]
+    assert torch.allclose(teacher(images), F.layer_norm(expected, (32,)), atol=1e-5)
+
+
+def test_teacher__grey_and_transparent_students(tmp_path: Path) -> None:
+    teacher = Teacher(save(tmp_path, "vit"))
+    teacher.lay_on(student(num_channels=1))
+    grey = pixels(2, 1, 32, 32)
+    features = teacher(grey)
+    teacher.lay_on(student())
+    assert torch.equal(features, teacher(grey.expand(-1, 3, -1, -1)))
+    teacher.lay_on(student(num_channels=4))
+    assert torch.equal(features, teacher(torch.cat([grey.expand(-1, 3, -1, -1), grey], dim=1)))
+
+
+def test_teacher__sees_a_larger_crop_than_the_student(tmp_path: Path) -> None:
+    teacher = Teacher(save(tmp_path, "vit"))
+    config = student(image_size=16, patch_size=2)  # 8 x 8 patches
+    teacher.lay_on(config)
+    assert teacher.view == (64, 64)
+    crop = pixels(1, 3, 64, 64)
+    assert as_seen(crop, (64, 64)) is crop
+    assert as_seen(crop, config.image_shape).shape == (1, 3, 16, 16)
+    assert teacher(crop).shape == (1, 64, WIDTH)
+
+
+def test_teacher__is_frozen_and_stays_in_evaluation(tmp_path: Path) -> None:
+    teacher = Teacher(save(tmp_path, "resnet")).train()
+    teacher.lay_on(student())
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher(pixels(2, 3, 64, 64))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_teacher__of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="a teacher of timm needs timm")
+    for name, layers, size in (("tf_efficientnet_lite0", [3], 112), ("vit_tiny_patch16_224", None, 192)):
+        config = {"architecture": name, "num_classes": 1000, "model_type": "timm_wrapper"}
+        config["pretrained_cfg"] = timm.create_model(name).pretrained_cfg
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.manual_seed(0)
+        model = timm.create_model(name)
+        save_file(
+            {f"timm_model.{key}": value for key, value in model.state_dict().items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(config, default=str))
+        teacher = Teacher(str(folder), layers=layers)
+        teacher.lay_on(student(image_size=[32, 48]))
+        assert teacher.size == size
+        assert teacher(pixels(1, 3, 32, 48)).shape == (1, 24, size)
+
+
+def test_tokenizer__is_the_nearest_centre(tmp_path: Path) -> None:
+    config = tiny_config(num_channels=1, target="tokens", target_size=7)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(7, config.patch_dim, generator=generator)
+    save_file({"centres": centres}, tmp_path / "tokens.safetensors")
+    tokenizer = PatchTokenizer(str(tmp_path / "tokens.safetensors"))
+    tokenizer.lay_on(config)
+    images = pixels(3, 1, 32, 32)
+    patches = normalize_patches(patchify(images / 255, config.patch_shape))
+    expected = torch.stack([torch.stack([(p - centres).square().sum(dim=1).argmin() for p in own]) for own in patches])
+    assert torch.equal(tokenizer(images), expected)
+    with pytest.raises(ValueError, match="knows patches of 64 numbers, and those of the model have 192"):
+        tokenizer.lay_on(tiny_config())
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "other tensors", "not finite"])
+def test_tokenizer__that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.safetensors"
+    if kind == "text":
+        path.write_text("none")
+    elif kind != "absent":
+        value = torch.full((3, 4), float("nan") if kind == "not finite" else 1.0)
+        save_file({"centres" if kind == "not finite" else "codes": value}, path)
+    with pytest.raises(ValueError, match=r"tokens\.safetensors"):
+        PatchTokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "features"], "--target features and --teacher belong together"),
+        (["--teacher", "a/b"], "--target features and --teacher belong together"),
+        (["--target", "tokens"], "--target tokens and --tokenizer belong together"),
+        (["--target", "hog", "--tokenizer", "a"], "--target tokens and --tokenizer belong together"),
+        (["--teacher_revision", "abc"], "teacher_revision has no effect without"),
+        (["--target", "colours"], "target"),
+    ],
+)
+def test_recipe__what_belongs_together(words: list[str], message: str) -> None:
+    with pytest.raises((ValueError, SystemExit), match=message):
+        parse_recipe(PretrainRecipe, words)
+
+
+def test_recipe__a_teacher_that_is_not_there_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match="teacher: there is no such file or folder as runs/teachr"):
+        read_recipe(PretrainRecipe, ["--target", "features", "--teacher", "runs/teachr"])
+
+
+def write_tokenizer(path: Path) -> str:
+    save_file({"centres": torch.randn(5, 48, generator=torch.Generator().manual_seed(0))}, path)
+    return str(path)
+
+
+def words_of(target: str, tmp_path: Path) -> list[str]:
+    if target == "features":
+        return ["--target", "features", "--teacher", save(tmp_path / "teacher", "resnet"), "--teacher_layers", "1", "2"]
+    if target == "tokens":
+        return ["--target", "tokens", "--tokenizer", write_tokenizer(tmp_path / "tokens.safetensors")]
+    return ["--target", target]
+
+
+@pytest.mark.parametrize("target", ["hog", "features", "tokens"])
+def test_run__learns_resumes_bit_equal_and_says_what_it_is(
+    target: str,
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*words_of(target, tmp_path), "--mask_strategy", "block", "--epochs", "20"]
+    records = pretrain(photos, tmp_path / "whole", *words)
+    said = capsys.readouterr().out
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["loss_of_mean"] > 0
+    model = MAEForPreTraining.from_pretrained(tmp_path / "whole")
+    assert (model.config.target, model.config.mask_strategy) == (target, "block")
+    assert not any("teacher" in name for name in model.state_dict())
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert not (tmp_path / "whole" / "reconstruction.png").exists()
+    assert "reconstruction.png" not in card
+    assert str(tmp_path) not in card
+    if target == "features":
+        assert "distill" in card
+        assert model.config.distilled_from.startswith("teacher@")
+        assert model.config.target_size == 24
+        assert f"target    features of {model.config.distilled_from}, 24 numbers a patch" in said
+
+    pretrain(photos, tmp_path / "cut", *words[:-1], "7")
+    cut = pretrain(photos, tmp_path / "cut", *words)
+    assert losses(cut)[-1] == losses(records)[-1] or len(cut) == len(records)
+
+
+def test_run__another_teacher_is_refused(photos: str, tmp_path: Path) -> None:  # noqa: F811
+    words = words_of("features", tmp_path)
+    pretrain(photos, tmp_path / "run", *words)
+    teacher = tmp_path / "teacher" / "model.safetensors"
+    weights = load_file(teacher)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, teacher, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"teacher_revision: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"):
+        pretrain(photos, tmp_path / "run", *words)
+
+
+def test_run__continues_a_pixel_checkpoint_with_another_target(
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretrain(photos, tmp_path / "pixels")
+    capsys.readouterr()
+    start = ["--model_name_or_path", str(tmp_path / "pixels")]
+    recipe = read_recipe(
+        PretrainRecipe, ["--dataset", photos, *start, "--target", "hog", "--output_dir", str(tmp_path / "hog")]
+    )
+    before, after = MAEForPreTraining.from_pretrained(tmp_path / "pixels"), run_pretrain.build_model(recipe)
+    assert after.config.target == "hog"
+    names = after.state_dict().keys() - {"decoder.decoder_pred.weight", "decoder.decoder_pred.bias"}
+    assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in names)
+    records = metrics(tmp_path / "pixels")
+    assert np.isfinite(records[-1]["loss"])
