@@ -42,6 +42,13 @@ def test_backbone_guide__its_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 5, 64, 96)
 
 
+def test_targets_guide__its_python_runs() -> None:
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGES[GUIDES / "targets.md"], flags=re.DOTALL):
+        exec(block, names)
+    assert names["loss"].isfinite()
+
+
 def test_readme__is_read_in_five_minutes_and_leads_to_every_guide() -> None:
     assert len(README.split()) < 1600
     for page in GUIDES.glob("*.md"):

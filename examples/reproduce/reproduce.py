@@ -31,6 +31,7 @@ from prepare_data import DATA_SETS, FOLDS
 
 from mae_hf import MAEForPreTraining
 from mae_hf.configuration_mae import nearest
+from mae_hf.masking import mask_noise, random_masking
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.tasks import PretrainRecipe
@@ -583,6 +584,32 @@ def plot_ablations(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def plot_masks(path: Path, examples: int = 5, draws: int = 2000) -> None:
+    """Some masks of each strategy on 14x14 patches, hidden ones dark, and how often each patch is hidden."""
+    from matplotlib.figure import Figure
+
+    grid = (14, 14)
+    shown = [("random", 0.75, 1), ("unit", 0.75, 2), ("unit", 0.75, 4), ("block", 0.4, 1), ("grid", 0.75, 2)]
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    for row, (strategy, ratio, unit) in zip(
+        figure.subplots(len(shown), examples + 1, squeeze=False), shown, strict=True
+    ):
+        generator = torch.Generator().manual_seed(0)
+        num_visible = int(grid[0] * grid[1] * (1 - ratio))
+        noise = torch.stack([mask_noise(strategy, grid, num_visible, unit, generator) for _ in range(draws)])
+        masks = random_masking(noise, num_visible)[2].view(draws, *grid)
+        for axes, mask in zip(row, masks, strict=False):
+            axes.imshow(mask, cmap="Greys", vmin=0, vmax=1.3)
+        often = row[-1].imshow(masks.mean(dim=0), cmap="viridis", vmin=0, vmax=1)
+        figure.colorbar(often, ax=row[-1])
+        squares = f" {unit}x{unit}" if unit > 1 else ""
+        row[0].set_title(f"{strategy}{squares}, {ratio:.0%}", loc="left")
+        row[-1].set_title("how often")
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=80)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["data", *JOBS, "speed", "tables", "plots"], metavar="PART")
@@ -616,6 +643,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = json.loads(RESULTS.read_text())
         plot_labels(results, HERE / "fashion_mnist_labels.png")
         plot_ablations(results, HERE / "ablations.png")
+        plot_masks(HERE / "masks.png")
 
 
 if __name__ == "__main__":
