@@ -27,12 +27,13 @@ from mae_hf.training.baseline import doubts_of_end, loss_of_mean
 from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import whole
+from mae_hf.training.frozen import EncodedOnce, shows_images_alike
 from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.pictures import save_picture
 from mae_hf.training.run import closes_run_folder
-from mae_hf.training.samples import PretrainingImages
+from mae_hf.training.samples import PretrainingImages, Samples
 from mae_hf.training.sources import ImageSource, open_source
 from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import PretrainRecipe
@@ -151,14 +152,20 @@ def main(arguments: list[str] | None = None) -> None:
                     path, recipe, source.name, run.folder.history(), parameters, config.distilled_from
                 )
 
-    steps = run.steps(images)
+    samples: Samples = images
+    if teacher is not None and shows_images_alike(recipe):
+        instead = "--horizontal_flip true, with which they are not kept"
+        samples = EncodedOnce(images, taught, "target", recipe.per_device_batch_size, run.stop.heeded, instead)
+        run.say(f"target    of {len(samples.samples):,} images computed once, as nothing about their pixels is random")
+    steps = run.steps(samples)
     of_mean = loss_of_mean(images, normalize, config, taught)  # while the workers load
     for step in steps:
         for batch in run.batches(step):
             noise = batch["noise"].to(run.device, non_blocking=True)
             pixels = batch["pixel_values"].to(run.device, non_blocking=True)
             pixel_values = normalize(as_seen(pixels, config.image_shape))
-            run.backward(model(pixel_values, noise=noise, target=taught(pixels)).loss)
+            target = batch["target"].to(run.device, non_blocking=True) if "target" in batch else taught(pixels)
+            run.backward(model(pixel_values, noise=noise, target=target).loss)
         run.end_step(step, loss_of_mean=of_mean)
         # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.
         if run.save_if_due(step) and run.is_to_be_pushed(step):

@@ -11,10 +11,12 @@ import pytest
 import run_detection
 import run_finetune
 import run_linear_probe
+import run_pretrain
 import run_segmentation
 import torch
 from safetensors.torch import load_file
 from scripts import free_port, losses, metrics
+from training.test_teachers import save
 
 from mae_hf.training.faults import STOPPED
 
@@ -41,6 +43,7 @@ SCRIPTS = {
     "attentive": [run_linear_probe.__file__, "--probe", "attentive", "--base_lr", "0.01", "--attention_heads", "2"],
     "features at hand": [run_linear_probe.__file__, "--augment", "false", "--base_lr", "1"],
 }
+ALONE = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 WEIGHTS = {run_linear_probe.__file__: "probe.safetensors"}
 
 
@@ -86,3 +89,32 @@ def test_stopped_in_two_processes__ends_like_undisturbed(
     for result in results:
         result.pop("features_seconds", None)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "crops", [[], ["--crop_scale", "1", "1", "--horizontal_flip", "false"]], ids=["random", "kept"]
+)
+def test_taught_pretraining__in_two_processes_ends_like_undisturbed(
+    crops: list[str], pets: Path, tmp_path: Path
+) -> None:
+    """And like one process, but for the order in which gradients are added."""
+    size = ["--size", "tiny", "--image_size", "16", "--patch_size", "4", "--hidden_size", "32", "--base_lr", "0.02"]
+    common = [word for word in COMMON if word not in ("--eval_fraction", "0.25")]
+    taught = ["--target", "features", "--teacher", save(tmp_path / "teacher", "resnet"), "--mask_strategy", "block"]
+    words = [run_pretrain.__file__, "--dataset", str(pets), *size, *common, *taught, *crops]
+    finish(start_two([*words, "--output_dir", str(tmp_path / "whole")]), 0)
+    processes = start_two([*words, "--output_dir", str(tmp_path / "cut")])
+    assert processes[0].stdout is not None
+    assert any(line.startswith("step 9/") for line in processes[0].stdout)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, STOPPED)
+    finish(start_two([*words, "--output_dir", str(tmp_path / "cut")]), 0)
+    one = subprocess.run([sys.executable, *words, "--output_dir", str(tmp_path / "one")], env=ALONE, timeout=240)
+    assert one.returncode == 0
+
+    whole, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(metrics(tmp_path / "whole")) == losses(metrics(tmp_path / "cut"))
+    alone, together = (metrics(tmp_path / run) for run in ("one", "whole"))
+    assert alone[-1]["loss"] == pytest.approx(together[-1]["loss"], rel=0.01)
+    assert together[-1]["loss"] < together[0]["loss"]

@@ -9,7 +9,13 @@ from torch import Tensor
 from .order import SampleKey
 from .probes import check_features_fit
 from .samples import Samples
-from .tasks import DenseRecipe
+from .tasks import DenseRecipe, PretrainRecipe
+
+
+def shows_images_alike(recipe: PretrainRecipe) -> bool:
+    """Whether pre-training by a recipe sees the same pixels of an image in every epoch."""
+    is_fixed = recipe.crop_scale == [1, 1] and not recipe.horizontal_flip
+    return is_fixed and recipe.repeated_augmentation == 1 and not recipe.streaming
 
 
 def is_always_alike(recipe: DenseRecipe, depth: int) -> bool:
@@ -19,40 +25,43 @@ def is_always_alike(recipe: DenseRecipe, depth: int) -> bool:
 
 
 class EncodedOnce(Samples):
-    """Samples in memory, each with its "states" beside the pixels: those of `MAEDenseModel.states`.
+    """Samples in memory, each with what a frozen network makes of its pixels beside them.
 
-    Every process has all of them. The encoder drops nothing here, whatever its drop path.
+    Every process has all of them.
 
     Args:
-        images: whose samples are the same in every epoch.
-        model: with the frozen encoder, on its device.
-        look: pixel_values (B, C, H, W) uint8 -> normalised, on the device.
+        images: whose pixels are the same in every epoch; what else is random about a sample is drawn anew.
+        encode: pixel_values (B, C, H, W) uint8 -> (B, ...).
+        name: what its result is called in a sample.
         batch_size: how many are encoded at once.
         heeded: of `StopSignal`.
+        instead: which setting needs less memory.
+
+    Raises:
+        ValueError: they do not fit in memory.
     """
 
     def __init__(
         self,
         images: Samples,
-        model: Any,
-        look: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor],
+        name: str,
         batch_size: int,
         heeded: Callable[[Any], Any],
+        instead: str,
     ) -> None:
         self.source, self.seed, self.repeats = images.source, images.seed, images.repeats
+        self.images = images
         self.samples: list[dict[str, Any]] = []
-        was_training = model.training
-        model.eval()
         keys = [SampleKey(0, index) for index in range(len(images.source.images))]
         for first in heeded(range(0, len(keys), batch_size)):
             samples = images.__getitems__(keys[first : first + batch_size])
             with torch.no_grad():
-                states = model.states(look(torch.stack([sample["pixel_values"] for sample in samples]))).float().cpu()
+                encoded = encode(torch.stack([sample["pixel_values"] for sample in samples])).cpu()
             if not self.samples:
-                check_features_fit(len(keys), states[0].numel(), "--color_jitter 0.1, with which they are not kept")
-            self.samples += [{**s, "states": of_image} for s, of_image in zip(samples, states, strict=True)]
-        model.train(was_training)
+                check_features_fit(len(keys), encoded[0].numel(), instead)
+            self.samples += [{**sample, name: of_image} for sample, of_image in zip(samples, encoded, strict=True)]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
         """A batch: nothing is decoded."""
-        return [self.samples[key.image_index] for key in keys]
+        return self.images.drawn_anew(keys, [self.samples[key.image_index] for key in keys])

@@ -155,6 +155,10 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         """
         return {"pixel_values": self.transform(image)}
 
+    def drawn_anew(self, keys: list[SampleKey], samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Samples of other epochs that have the same pixels, as those of these keys."""
+        return samples
+
     def first(self, count: int) -> list[dict[str, Any]]:
         """The first `count` images of the source, or as many as there are, always with the same randomness."""
         rows = islice(self.source.images, count)
@@ -177,8 +181,21 @@ class PretrainingImages(Samples):
         self.config = config
 
     def sample(self, key: SampleKey, row: dict[str, Any], image: Image.Image) -> dict[str, Tensor]:
-        noise = draw_noise(self.config, self.config.grid_shape, batch=1)[0]
+        noise = self.noise()
         return {"pixel_values": self.transform(image), "noise": noise}
+
+    def noise(self) -> Tensor:
+        """Drawn first of what is random about a sample."""
+        return draw_noise(self.config, self.config.grid_shape, batch=1)[0]
+
+    def drawn_anew(self, keys: list[SampleKey], samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the masks of these keys."""
+        drawn = []
+        with torch.random.fork_rng(devices=[]):
+            for key, sample in zip(keys, samples, strict=True):
+                seed_sample(self.seed, key)
+                drawn.append({**sample, "noise": self.noise()})
+        return drawn
 
 
 class LabelledImages(Samples):

@@ -90,9 +90,16 @@ class TransferRun(Run):
         """
         if not is_always_alike(self.recipe, self.bare_model.config.num_hidden_layers):
             return images
-        with self.accelerator.autocast():
-            batch_size = self.recipe.per_device_batch_size
-            encoded = EncodedOnce(images, self.bare_model, look, batch_size, self.stop.heeded)
+
+        def encode(pixels: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return self.bare_model.states(look(pixels)).float()
+
+        was_training = self.bare_model.training
+        self.bare_model.eval()  # the encoder drops nothing here, whatever its drop path
+        batch_size, instead = self.recipe.per_device_batch_size, "--color_jitter 0.1, with which they are not kept"
+        encoded = EncodedOnce(images, encode, "states", batch_size, self.stop.heeded, instead)
+        self.bare_model.train(was_training)
         self.say(f"features  {len(encoded.samples):,} images encoded once, as nothing about them is random")
         return encoded
 

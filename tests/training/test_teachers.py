@@ -315,3 +315,20 @@ def test_run__continues_a_pixel_checkpoint_with_another_target(
     assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in names)
     records = metrics(tmp_path / "pixels")
     assert np.isfinite(records[-1]["loss"])
+
+
+def test_run__computes_the_target_once_where_the_pixels_are_always_the_same(
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same masks as otherwise, so the same run but for the rounding of other batches of the teacher."""
+    words = [*words_of("features", tmp_path), "--crop_scale", "1", "1", "--horizontal_flip", "false", "--epochs", "6"]
+    kept = pretrain(photos, tmp_path / "kept", *words)
+    assert "target    of 10 images computed once" in capsys.readouterr().out
+    monkeypatch.setattr(run_pretrain, "shows_images_alike", lambda recipe: False)
+    again = pretrain(photos, tmp_path / "again", *words)
+    assert "computed once" not in capsys.readouterr().out
+    for one, other in zip(kept, again, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
