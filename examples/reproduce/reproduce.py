@@ -83,8 +83,8 @@ OF_MASKS = {
     "imagenet": ["--layer_decay", "1", "--base_lr", "4.8e-2", *HALF],
 }
 BOXES = {
-    "50": ["--epochs", "320", "--warmup_epochs", "32", "--eval_every", "320"],
-    "200": ["--epochs", "80", "--warmup_epochs", "8", "--eval_every", "80"],
+    "50": ["--epochs", "192", "--warmup_epochs", "19.2", "--eval_every", "192"],
+    "200": ["--epochs", "48", "--warmup_epochs", "4.8", "--eval_every", "48"],
 }
 OF_BOXES = {
     "scratch": ["--layer_decay", "1", "--base_lr", "1.6e-2"],
