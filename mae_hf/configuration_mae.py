@@ -42,6 +42,7 @@ LARGEST: dict[str, int] = {
     "num_attention_heads": 2**10,
     "intermediate_size": 2**18,
     "num_channels": 2**12,
+    "num_class_tokens": 2**10,
     "decoder_hidden_size": 2**15,
     "decoder_num_hidden_layers": 2**9,
     "decoder_num_attention_heads": 2**10,
@@ -124,11 +125,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps: epsilon of every LayerNorm.
         image_size, patch_size: pixels, an int or (height, width).
         num_channels: channels of the image, any number.
+        num_class_tokens: tokens before those of the patches; the first is the class token, further ones are registers
+            (arXiv 2309.16588), of which Pixio has 8 in all.
         qkv_bias: whether query, key and value projections have a bias.
         pooling: what stands for the image in `pooler_output` and before the classifier: `"mean"` of the patch tokens
             (fine-tuning, Appendix A.1) or the `"cls"` token (linear probing).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the
-            decoder. `decoder_intermediate_size=None` means 4 x `decoder_hidden_size`.
+            decoder. `decoder_intermediate_size=None` means 4 x `decoder_hidden_size`. A depth of 0 is a head without
+            blocks, SimMIM's, for an encoder that sees mask tokens.
         mask_ratio: share of the patches that are hidden, between 0 and 1 (Fig. 5).
         mask_strategy: which patches are hidden (Table 1f): `"random"`; `"unit"`, squares of `mask_unit` patches on a
             side (SimMIM); `"block"`, rectangles (BEiT); `"grid"`, all but one patch of each square. See
@@ -196,6 +200,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
+    num_class_tokens: int = 1
     qkv_bias: bool = True
     pooling: str = "mean"
     decoder_hidden_size: int = 512
@@ -319,8 +324,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens stand before those of the patches: the class token."""
-        return 1
+        """How many tokens stand before those of the patches: the class tokens."""
+        return self.num_class_tokens
 
     @property
     def patch_dim(self) -> int:
@@ -395,8 +400,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, largest in LARGEST.items():
             if (value := getattr(self, name)) is None and name in MAY_BE_NONE:
                 continue
-            if not _is_number(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, but is {value!r}.")
+            lowest = 0 if name == "decoder_num_hidden_layers" else 1
+            if not _is_number(value, int) or value < lowest:
+                raise ValueError(f"{name} must be an int of at least {lowest}, but is {value!r}.")
             if value > largest:
                 raise ValueError(f"{name} must be at most {largest:,}, but is {value:,}.")
         for side, image, patch in zip(("height", "width"), self.image_shape, self.patch_shape, strict=True):
@@ -475,6 +481,11 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"semantic_loss_ignore_index must be an int, but is {ignored!r}.")
         if self.backbone_norm not in ("final", "stages", "none"):
             raise ValueError(f"backbone_norm must be 'final', 'stages' or 'none', but is {self.backbone_norm!r}.")
+        if self.decoder_num_hidden_layers == 0 and not self.mask_tokens_in_encoder:
+            raise ValueError(
+                "A decoder of 0 blocks needs mask_tokens_in_encoder: without a block, a hidden patch would know "
+                "nothing of the visible ones."
+            )
         if self.mask_tokens_in_encoder and self.decoder_type == "cross":
             raise ValueError("decoder_type='cross' has mask tokens of its own: leave out mask_tokens_in_encoder.")
         patch_height, patch_width = self.patch_shape

@@ -274,6 +274,8 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
         with _writing(Path(destination)):
             model.save_pretrained(destination, state_dict=with_values(model))
         return [f"Written: {type(model).__name__} in {destination}, {TARGETS[to]}."]
+    if model.config.num_class_tokens > 1:
+        raise ValueError(f"This model has {model.config.num_class_tokens} class tokens: {to} has a place for one.")
     has_decoder = to in ("vit_mae", "original") and isinstance(model, MAEForPreTraining)
     if has_decoder and (model.config.decoder_type == "cross" or model.config.mask_tokens_in_encoder):
         raise ValueError(

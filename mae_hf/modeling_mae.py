@@ -80,7 +80,7 @@ class MAEEmbeddings(nn.Module):
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.num_prefix_tokens, config.hidden_size))
         self.patch_embeddings = MAEPatchEmbeddings(config)
         # Not a buffer: fine-tuning trains it, and every published checkpoint contains it.
         num_positions = config.num_prefix_tokens + config.num_patches
@@ -154,6 +154,9 @@ class MAEPreTrainedModel(CheckpointModel):
             elif isinstance(module, DecoderLayers):
                 module.decoder_pos_embed.requires_grad_(False)
 
+    def _position_table(self, width: int) -> Tensor:
+        return sincos_position_table(width, self.config.grid_shape, num_prefix_tokens=self.config.num_prefix_tokens)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Models are built on the meta device, so every tensor must be written here, each in the branch of the module
@@ -176,12 +179,12 @@ class MAEPreTrainedModel(CheckpointModel):
             init.zeros_(module.bias)
         elif isinstance(module, MAEEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
-            table = sincos_position_table(self.config.hidden_size, self.config.grid_shape)
+            table = self._position_table(self.config.hidden_size)
             init.copy_(module.position_embeddings, table)
         elif isinstance(module, DecoderLayers):
             if module.mask_token is not None:
                 init.normal_(module.mask_token, std=self.config.initializer_range)
-            table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid_shape)
+            table = self._position_table(self.config.decoder_hidden_size)
             init.copy_(module.decoder_pos_embed, table)
         elif isinstance(module, MAEForPreTraining) and module.encoder_mask_token is not None:
             init.normal_(module.encoder_mask_token, std=self.config.initializer_range)

@@ -57,7 +57,9 @@ def denormalize_patches(patches: Tensor, reference: Tensor) -> Tensor:
     return patches.float() * std + mean
 
 
-def sincos_position_table(width: int, grid_shape: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+def sincos_position_table(
+    width: int, grid_shape: tuple[int, int], device: torch.device | str | None = None, num_prefix_tokens: int = 1
+) -> Tensor:
     """The fixed 2-D sine-cosine position table (Appendix A.1, "ViT architecture").
 
     The first half of the width encodes the column, the second half the row, each as sines then cosines of
@@ -67,9 +69,10 @@ def sincos_position_table(width: int, grid_shape: tuple[int, int], device: torch
         width: D, divisible by 4.
         grid_shape: (rows, columns).
         device: where to compute.
+        num_prefix_tokens: the class token and registers.
 
     Returns:
-        (1, 1 + rows * columns, D) float32; the row of the prefix token, the class token, is zero.
+        (1, num_prefix_tokens + rows * columns, D) float32; the rows of the prefix tokens are zero.
     """
     rows, columns = grid_shape
     # float64, so that the table is the same on every device to the last bit of float32; MPS has none.
@@ -83,7 +86,7 @@ def sincos_position_table(width: int, grid_shape: tuple[int, int], device: torch
     by_column = encode(columns).repeat(rows, 1)
     by_row = encode(rows).repeat_interleave(columns, dim=0)
     table = torch.cat([by_column, by_row], dim=1)
-    return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
+    return F.pad(table, (0, 0, num_prefix_tokens, 0)).float().unsqueeze(0)
 
 
 def resize_position_table(table: Tensor, grid_shape: tuple[int, int], new_grid_shape: tuple[int, int]) -> Tensor:

@@ -30,6 +30,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOut
 
 import mae_hf
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEForPreTrainingOutput, MAEModel
+from mae_hf.convert import save_checkpoint
 from mae_hf.layers import DropPath
 from mae_hf.patches import normalize_patches, patchify
 
@@ -1024,3 +1025,30 @@ def test_import__every_public_name_is_there() -> None:
     assert all(getattr(mae_hf, name) is not None for name in mae_hf.__all__)
     with pytest.raises(AttributeError, match="module 'mae_hf' has no attribute 'MAEModle'"):
         _ = mae_hf.MAEModle
+
+
+def test_several_class_tokens__differ_and_stay_out_of_the_patches(tmp_path: Path) -> None:
+    config = tiny_config(num_class_tokens=3)
+    model = seeded(MAEForPreTraining, config)
+    tokens = model.vit.embeddings.cls_token[0]
+    assert (tokens[0] - tokens[1]).abs().max() > 0.01  # alike, they would stay alike
+    one = seeded(MAEForPreTraining, tiny_config())
+    for name in ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"):
+        own, with_one = model.get_parameter(name), one.get_parameter(name)
+        assert own[:, :3].abs().max() == 0
+        assert torch.equal(own[:, 3:], with_one[:, 1:])
+    scrambled_model = scramble(model)
+    output = scrambled_model(IMAGES, noise=NOISE)
+    assert output.logits.shape == (2, 16, 192)
+    encoded = scrambled_model.vit(IMAGES)
+    assert encoded.last_hidden_state.shape == (2, 3 + 16, 32)
+    assert torch.allclose(encoded.pooler_output, encoded.last_hidden_state[:, 3:].mean(dim=1))
+    scrambled_model.save_pretrained(tmp_path)
+    again = MAEForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(again(IMAGES, noise=NOISE).loss, output.loss)
+    wide = MAEForPreTraining.from_pretrained(tmp_path, image_size=[32, 64])
+    assert wide.vit.embeddings.position_embeddings.shape == (1, 3 + 32, 32)
+    classifier = MAEForImageClassification.from_pretrained(tmp_path, num_labels=2, pooling="cls")
+    assert classifier(IMAGES).logits.shape == (2, 2)
+    with pytest.raises(ValueError, match="3 class tokens: vit has a place for one"):
+        save_checkpoint(again, tmp_path / "vit", "vit")

@@ -1,6 +1,7 @@
 """What is predicted: against scikit-image, against slow loops, and through the model."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_sizes_and_losses__of_each_target(target: str) -> None:
 
 
 @pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
-def test_checkpoint__comes_back_and_gives_its_encoder(fields: dict, tmp_path) -> None:
+def test_checkpoint__comes_back_and_gives_its_encoder(fields: dict, tmp_path: Path) -> None:
     config = tiny_config(**fields, distilled_from="some/teacher")
     model = scramble(seeded(MAEForPreTraining, config))
     model.save_pretrained(tmp_path)
@@ -205,7 +206,7 @@ def test_target__that_does_not_fit_is_refused(fields: dict, target: Tensor | Non
 
 
 @pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
-def test_reconstruct_and_convert__refuse_what_is_no_pixels(fields: dict, tmp_path) -> None:
+def test_reconstruct_and_convert__refuse_what_is_no_pixels(fields: dict, tmp_path: Path) -> None:
     config = tiny_config(**fields)
     model = scramble(seeded(MAEForPreTraining, config))
     with pytest.raises(ValueError, match=f"predicts '{config.target}', of which no picture can be made"):
@@ -226,3 +227,23 @@ def test_targets__in_16_bits_are_compared_in_32() -> None:
             loss = model(images, noise=noise, target=target).loss
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+def test_head_without_blocks__each_patch_by_its_own_latent(tmp_path: Path) -> None:
+    """SimMIM's: the encoder, which sees mask tokens, has done all the mixing."""
+    config = tiny_config(
+        mask_tokens_in_encoder=True, decoder_num_hidden_layers=0, target_loss="l1", norm_pix_loss=False
+    )
+    model = scramble(seeded(MAEForPreTraining, config))
+    images, noise = random_images(config), random_noise(config)
+    output = model(images, noise=noise)
+    decoder, ids_keep = model.decoder, output.ids_restore.argsort(dim=1)[:, :4]
+    latent = model.vit(images, ids_keep=ids_keep, mask_token=model.encoder_mask_token).last_hidden_state
+    tokens = decoder.decoder_embed(latent) + decoder.decoder_pos_embed
+    expected = decoder.decoder_pred(decoder.decoder_norm(tokens[:, 1:]))
+    assert torch.allclose(output.logits, expected, atol=1e-5)
+    hidden = output.mask.bool()
+    error = (expected - patchify(images, config.patch_shape)).abs()[hidden].mean()
+    assert output.loss.item() == pytest.approx(error.item(), rel=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(MAEForPreTraining.from_pretrained(tmp_path)(images, noise=noise).loss, output.loss)

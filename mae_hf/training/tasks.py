@@ -19,11 +19,14 @@ MASK_STRATEGIES = ("random", "unit", "block", "grid")
 class PretrainRecipe(WholeModel, Cropped):
     """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
 
+    num_class_tokens: int | None = setting(
+        None, MODEL, "the class token and registers; 1, or the checkpoint's", at_least=1
+    )
     decoder_hidden_size: int | None = setting(
         None, MODEL, "width of the decoder, else the size's; 512 in the paper", at_least=1
     )
     decoder_num_hidden_layers: int | None = setting(
-        None, MODEL, "depth of the decoder, else the size's; 8 in the paper", at_least=1
+        None, MODEL, "depth of the decoder, else the size's; 8 in the paper", at_least=0
     )
     decoder_num_attention_heads: int | None = setting(
         None, MODEL, "heads of the decoder, else the size's; 16 in the paper", at_least=1
