@@ -278,7 +278,7 @@ def test_vit_mae__same_weights_same_losses_as_run_pretrain(
 
     initial = {name: weight.clone() for name, weight in ours.state_dict().items()}
     monkeypatch.setattr(vit_mae, "build_vit_mae", same_weights)
-    monkeypatch.setattr(run_pretrain, "build_model", lambda recipe: ours)
+    monkeypatch.setattr(run_pretrain, "build_model", lambda recipe, teacher: ours)
     losses = []
     for name, main in (("theirs", lambda words: vit_mae.main(["repaired", *words])), ("ours", run_pretrain.main)):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -60,8 +60,12 @@ class PretrainRecipe(WholeModel, Cropped):
     teacher_revision: str | None = setting(
         None, MODEL, "commit of the teacher on the Hub; of a folder or a tokenizer, the hash of its weights"
     )
-    teacher_layers: list[int] = setting(
-        [-1], MODEL, "which of its hidden states, side by side; -1 alone is what it ends with"
+    teacher_layers: list[int] | None = setting(
+        None,
+        MODEL,
+        "which of its hidden states, side by side, 0 is that of the embeddings; else what it ends with",
+        at_least=0,
+        at_most=2**9,
     )
     tokenizer: str | None = setting(
         None, MODEL, "for tokens: a safetensors file with centres, (vocabulary, numbers of a patch)"
@@ -109,8 +113,6 @@ class PretrainRecipe(WholeModel, Cropped):
                 raise ValueError(f"--target {target} and --{name} belong together: give both, or neither.")
         if self.teacher_revision is not None and self.teacher is None and self.tokenizer is None:
             raise ValueError("teacher_revision has no effect without a teacher or a tokenizer: leave it out.")
-        if not self.teacher_layers:
-            raise ValueError("teacher_layers must name one hidden state at least.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 

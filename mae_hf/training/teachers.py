@@ -45,7 +45,7 @@ class Teacher(nn.Module):
     Args:
         name: a folder or a name on the Hub.
         revision: on the Hub; of a folder, the hash that `revision` gave before.
-        layers: which hidden states, laid beside one another; [-1] is what the model itself ends with.
+        layers: which hidden states, laid beside one another; `None` is what the model itself ends with.
 
     Attributes:
         revision: the commit on the Hub, or a hash of the weights in a folder.
@@ -62,7 +62,7 @@ class Teacher(nn.Module):
 
     def __init__(self, name: str, revision: str | None = None, layers: list[int] | None = None) -> None:
         super().__init__()
-        self.name, self.layers = name, layers or [-1]
+        self.name, self.layers = name, layers
         on_hub = None if Path(name).exists() else revision
         self.model = _load(name, on_hub)
         self.requires_grad_(False)
@@ -88,7 +88,7 @@ class Teacher(nn.Module):
     def description(self) -> str:
         """For the card and the configuration: which model, which weights, which layers."""
         name = Path(self.name).resolve().name if Path(self.name).exists() else self.name
-        layers = "" if self.layers == [-1] else f", layers {', '.join(map(str, self.layers))}"
+        layers = f", layers {', '.join(map(str, self.layers))}" if self.layers else ""
         return f"{name}@{self.revision}{layers}" if self.revision else f"{name}{layers}"
 
     def lay_on(self, config: MAEConfig) -> None:
@@ -126,11 +126,11 @@ class Teacher(nn.Module):
 
     def _states(self, images: Tensor) -> list[Tensor]:
         """The chosen hidden states, tokens (B, T, D) or maps (B, D, h, w)."""
-        wanted: dict[str, Any] = {"output_hidden_states": True} if self.layers != [-1] else {}
+        wanted: dict[str, Any] = {"output_hidden_states": True} if self.layers else {}
         if "interpolate_pos_encoding" in _arguments(self.model):
             wanted["interpolate_pos_encoding"] = True
         output = self.model(images, **wanted)
-        if self.layers == [-1]:
+        if not self.layers:
             return [output.last_hidden_state]
         states = output.hidden_states
         try:

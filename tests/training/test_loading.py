@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tiny import four_patches
 from torchvision.transforms import v2
 
 from mae_hf.training.augment import SmallestCrop, eval_transform, train_transform
@@ -187,7 +188,7 @@ def source(tmp_path: Path) -> ImageSource:
 
 
 def samples(source: ImageSource, repeats: int) -> Counting:
-    return Counting(source, train_transform((8, 8), [0.2, 1.0], True), 3, num_patches=4, seed=5, repeats=repeats)
+    return Counting(source, train_transform((8, 8), [0.2, 1.0], True), four_patches(3), seed=5, repeats=repeats)
 
 
 def test_repeats__decode_an_image_once_and_differ(source: ImageSource) -> None:

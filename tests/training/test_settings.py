@@ -58,7 +58,7 @@ def resolved_recipe(recipe_class: type[Recipe], words: list[str]) -> Recipe:
     return recipe.resolved(recipe.config(), "no")
 
 
-ANY_LENGTH = {"knn_k", "base_lrs"}
+ANY_LENGTH = {"knn_k", "base_lrs", "teacher_layers"}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e300", "1e-300", "-1", "1" + 31 * "0"])
