@@ -8,10 +8,12 @@ Settings are those of mae_hf.training.tasks.PretrainRecipe (--help lists them): 
 file, then the command line. Starting again in a run folder continues the run.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 if __name__ == "__main__":  # what is wrong with the command line is said before the imports below take their seconds
     early = Path(find_spec("mae_hf").origin).with_name("training") / "early.py"
@@ -37,7 +39,7 @@ from mae_hf.training.samples import PretrainingImages, Samples
 from mae_hf.training.sources import ImageSource, open_source
 from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import PretrainRecipe
-from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen, open_teacher
+from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen, open_teacher, teaching
 
 PICTURES = 8
 # What may differ from the checkpoint.
@@ -68,6 +70,18 @@ def fixed_batch(source: ImageSource, config: MAEConfig, recipe: PretrainRecipe) 
     transform = eval_transform(config.image_shape, recipe.center_crop)
     images = PretrainingImages(source, transform, config, recipe.seed)
     return default_collate(images.first(PICTURES))
+
+
+def with_targets(
+    images: PretrainingImages, target_of: Callable[[torch.Tensor], Any], recipe: PretrainRecipe, run: Run
+) -> Samples:
+    """The samples, with their targets if those are the same in every epoch; and said."""
+    if not shows_images_alike(recipe):
+        return images
+    instead = "--horizontal_flip true, with which they are not kept"
+    samples = EncodedOnce(images, target_of, "target", recipe.per_device_batch_size, run.stop.heeded, instead)
+    run.say(f"target    of {len(samples.samples):,} images computed once, as nothing about their pixels is random")
+    return samples
 
 
 @closes_run_folder()
@@ -123,12 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     normalize = Normalize(recipe.image_mean, recipe.image_std, run.device)
     fixed = fixed_batch(source, config, recipe)
 
-    def taught(pixels: torch.Tensor) -> torch.Tensor | None:
-        """The target of a batch of crops, where the model does not compute it itself."""
-        if teacher is None:
-            return None
-        with accelerator.autocast():
-            return teacher(pixels)
+    target_of = teaching(teacher, accelerator.autocast)
 
     def save_reconstructions(path: Path) -> None:
         # Every process takes part, because a sharded model needs them all; one writes.
@@ -152,19 +161,15 @@ def main(arguments: list[str] | None = None) -> None:
                     path, recipe, source.name, run.folder.history(), parameters, config.distilled_from
                 )
 
-    samples: Samples = images
-    if teacher is not None and shows_images_alike(recipe):
-        instead = "--horizontal_flip true, with which they are not kept"
-        samples = EncodedOnce(images, taught, "target", recipe.per_device_batch_size, run.stop.heeded, instead)
-        run.say(f"target    of {len(samples.samples):,} images computed once, as nothing about their pixels is random")
+    samples = with_targets(images, target_of, recipe, run) if teacher is not None else images
     steps = run.steps(samples)
-    of_mean = loss_of_mean(images, normalize, config, taught)  # while the workers load
+    of_mean = loss_of_mean(images, normalize, config, target_of)  # while the workers load
     for step in steps:
         for batch in run.batches(step):
             noise = batch["noise"].to(run.device, non_blocking=True)
             pixels = batch["pixel_values"].to(run.device, non_blocking=True)
             pixel_values = normalize(as_seen(pixels, config.image_shape))
-            target = batch["target"].to(run.device, non_blocking=True) if "target" in batch else taught(pixels)
+            target = batch["target"].to(run.device, non_blocking=True) if "target" in batch else target_of(pixels)
             run.backward(model(pixel_values, noise=noise, target=target).loss)
         run.end_step(step, loss_of_mean=of_mean)
         # A checkpoint whose turn comes while another is still on its way is left out, rather than waited for.

@@ -32,7 +32,7 @@ from .loading import PARTS_OF_MAPS, PARTS_OF_PRETRAINING, CheckpointModel
 from .masking import replace_hidden, restore, take
 from .patches import patchify, resize_position_table, sincos_position_table
 from .reconstruction import ReconstructionMixin
-from .targets import check_target, loss_of_patches, own_target
+from .targets import loss_of_patches, target_of_patches
 
 
 @dataclass
@@ -40,8 +40,8 @@ class MAEForPreTrainingOutput(ModelOutput):
     """What `MAEForPreTraining` returns; the fields of transformers' `ViTMAEForPreTrainingOutput`, and one more.
 
     loss: () float32, mean over the hidden patches of the mean squared error, or of what the target is compared by.
-    logits: (B, N, P*Q*C) predicted pixels, normalised per patch if `norm_pix_loss`, or (B, N, T) of another target; of
-        a "cross" decoder in training only those of `ids_predicted`.
+    logits: (B, N, T) predicted pixels, normalised per patch if `norm_pix_loss`, or another target; of a "cross" decoder
+        in training only those of `ids_predicted`.
     mask: (B, N) float32, 1 where a patch was hidden.
     ids_restore: (B, N) int64, where each patch went in the shuffled order.
     hidden_states, attentions: of the encoder, see `MAEModel`.
@@ -319,9 +319,8 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
     ) -> MAEForPreTrainingOutput:
         """One step of Section 3: hide patches, encode the rest, predict the pixels of the hidden ones.
 
-        torch.compile makes one graph of it, except with `generator` or `bool_masked_pos`: a generator is not a tensor,
-        and how many patches a mask hides is known only from its values. With a `mask_strategy` that is not "random",
-        give it `noise` (`inputs.draw_noise`).
+        torch.compile makes one graph of it, except with `generator` or `bool_masked_pos` (a generator is no tensor, and
+        how many patches a mask hides only its values tell), or without `noise` where `mask_strategy` is not "random".
 
         Args:
             pixel_values: (B, C, H, W) normalised images.
@@ -353,8 +352,7 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
         logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)
         loss = None
         if return_loss:
-            check_target(target, self.config, mask.shape)
-            target = own_target(self.config, pixel_values, patches) if target is None else target
+            target = target_of_patches(self.config, pixel_values, patches, target)
             loss = self._loss_of_hidden(logits, target, mask, ids_predicted)
         return MAEForPreTrainingOutput(
             loss=loss,

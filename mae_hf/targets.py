@@ -7,7 +7,6 @@ The paper predicts pixels ("Reconstruction target"). Others predict histograms o
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,49 +66,43 @@ def hog(images: Tensor, patch_shape: tuple[int, int]) -> Tensor:
     return patchify(histograms.flatten(1, 2), cells)
 
 
-def own_target(config: Any, pixel_values: Tensor, patches: Tensor) -> Tensor:
-    """What a model computes itself: pixels, normalised per patch or as they are, or HOG; (B, N, T) float32.
+def target_of_patches(config: Any, pixel_values: Tensor, patches: Tensor, given: Tensor | None = None) -> Tensor:
+    """What the predictions are compared with: what was given, or what the model computes itself of the images.
 
     Args:
         config: of the model.
         pixel_values: (B, C, H, W).
         patches: (B, N, P*Q*C), the same.
-    """
-    if config.target == "hog":
-        return hog(pixel_values, config.patch_shape)
-    return normalize_patches(patches) if config.norm_pix_loss else patches.float()
+        given: (B, N, T) float features or (B, N) int tokens, for a configuration of these.
 
-
-def check_target(target: Tensor | None, config: Any, images_and_patches: Sequence[int]) -> None:
-    """Refuse what a model cannot be compared with.
-
-    Args:
-        target: as `forward` was given it.
-        config: of the model.
-        images_and_patches: (B, N).
+    Returns:
+        the same; or of all patches pixels, normalised per patch or as they are, or HOG, (B, N, T) float32.
 
     Raises:
-        ValueError: it is missing, or of another shape or type, or not for a model that computes its own.
+        ValueError: the target is missing, or of another shape or type, or the model computes its own.
     """
-    kind, size, shape = config.target, config.prediction_size, tuple(images_and_patches)
+    kind, size, shape = config.target, config.prediction_size, tuple(patches.shape[:2])
     if kind in OWN_TARGETS:
-        if target is not None:
+        if given is not None:
             raise ValueError(
                 f"This model predicts {kind!r}, which it computes of the images: leave target out, or build it with "
                 f"target='features' or 'tokens'."
             )
-        return
+        if kind == "hog":
+            return hog(pixel_values, config.patch_shape)
+        return normalize_patches(patches) if config.norm_pix_loss else patches.float()
     wanted = f"(batch, patches) = {shape} of whole numbers below {size}" if kind == "tokens" else f"{(*shape, size)}"
-    if target is None:
+    if given is None:
         raise ValueError(f"This model predicts {kind!r}: give target {wanted}, or return_loss=False.")
-    is_right = target.is_floating_point() if kind == "features" else not target.is_floating_point()
-    if not is_right or tuple(target.shape) != ((*shape, size) if kind == "features" else shape):
-        raise ValueError(f"target is {tuple(target.shape)} of {target.dtype}, but {kind!r} are {wanted}.")
+    is_right = given.is_floating_point() if kind == "features" else not given.is_floating_point()
+    if not is_right or tuple(given.shape) != ((*shape, size) if kind == "features" else shape):
+        raise ValueError(f"target is {tuple(given.shape)} of {given.dtype}, but {kind!r} are {wanted}.")
     # Elsewhere, looking at the values would wait for the device; there cross-entropy itself stops at them.
-    if kind == "tokens" and target.device.type == "cpu" and not torch.compiler.is_compiling():
-        lowest, highest = int(target.min()), int(target.max())
+    if kind == "tokens" and given.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = int(given.min()), int(given.max())
         if lowest < 0 or highest >= size:
             raise ValueError(f"The tokens are from {lowest} to {highest}, but the vocabulary is from 0 to {size - 1}.")
+    return given
 
 
 def loss_of_patches(predicted: Tensor, target: Tensor, loss: str) -> Tensor:

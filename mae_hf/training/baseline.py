@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from ..configuration_mae import MAEConfig
 from ..patches import patchify
-from ..targets import loss_of_patches, own_target
+from ..targets import loss_of_patches, target_of_patches
 from .augment import Normalize
 from .order import SampleKey
 from .samples import PretrainingImages
@@ -46,7 +46,7 @@ def loss_of_mean(
     target = target_of(pixels)
     if target is None:
         pixel_values = normalize(pixels)
-        target = own_target(config, pixel_values, patchify(pixel_values, config.patch_shape))
+        target = target_of_patches(config, pixel_values, patchify(pixel_values, config.patch_shape))
     if config.target == "tokens":
         counts = torch.bincount(target.flatten(), minlength=config.prediction_size)
         predicted = (counts + 1).log().expand(*target.shape, -1)  # one more of each: some are not in these images

@@ -8,6 +8,8 @@ is no part of the model: it is neither trained nor saved, and no launcher prepar
 
 import hashlib
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,25 @@ def open_teacher(recipe: PretrainRecipe) -> Teacher | PatchTokenizer | None:
         assert recipe.tokenizer is not None
         return PatchTokenizer(recipe.tokenizer, recipe.teacher_revision)
     return None
+
+
+def teaching(
+    teacher: Teacher | PatchTokenizer | None, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[Tensor], Tensor | None]:
+    """From crops (B, C, H, W) uint8 to their target, or to None where the model computes it itself.
+
+    Args:
+        teacher: on its device.
+        autocast: of Accelerate: a teacher computes in the precision of the run.
+    """
+
+    def target_of(pixels: Tensor) -> Tensor | None:
+        if teacher is None:
+            return None
+        with autocast():
+            return teacher(pixels)
+
+    return target_of
 
 
 def _load(name: str, revision: str | None) -> Any:
