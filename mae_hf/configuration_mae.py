@@ -446,12 +446,6 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"pooling must be 'mean' or 'cls', but is {self.pooling!r}.")
         if self.mask_strategy not in MASK_STRATEGIES:
             raise ValueError(f"mask_strategy must be {_one_of(MASK_STRATEGIES)}, but is {self.mask_strategy!r}.")
-        if self.mask_strategy in ("unit", "grid") and not 1 < self.mask_unit <= max(self.grid_shape) // 2:
-            rows, columns = self.grid_shape
-            raise ValueError(
-                f"mask_unit is {self.mask_unit}, but squares of a grid of {rows}x{columns} patches have from 2 to "
-                f"{max(self.grid_shape) // 2} patches on a side."
-            )
         self._check_target()
         if self.decoder_type not in ("self", "cross"):
             raise ValueError(f"decoder_type must be 'self' or 'cross', but is {self.decoder_type!r}.")

@@ -80,9 +80,15 @@ def draw_noise(
             the CPU.
 
     Raises:
-        ValueError: nothing would be visible or hidden.
+        ValueError: nothing would be visible or hidden, or the squares do not fit in the grid.
     """
     num_visible = config.num_visible_patches(grid_shape[0] * grid_shape[1], mask_ratio)
+    largest = max(grid_shape) // 2
+    if config.mask_strategy in ("unit", "grid") and not 1 < config.mask_unit <= largest:
+        raise ValueError(
+            f"mask_unit is {config.mask_unit}, but squares of a grid of {grid_shape[0]}x{grid_shape[1]} patches have "
+            f"from 2 to {largest} patches on a side."
+        )
     if config.mask_strategy == "random":
         device = device if generator is None else generator.device
         return torch.rand(batch, grid_shape[0] * grid_shape[1], generator=generator, device=device)

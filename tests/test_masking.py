@@ -296,3 +296,14 @@ def test_forward__hides_by_the_strategy(strategy: str) -> None:
     assert other.mask.sum(dim=1).tolist() == [8, 8]
     wide = random_images(tiny_config(image_size=[32, 64]))
     assert model(wide, interpolate_pos_encoding=True).mask.sum(dim=1).tolist() == [24, 24]
+
+
+@pytest.mark.parametrize(("strategy", "unit"), [("unit", 3), ("grid", 1), ("unit", 1)])
+def test_squares__that_do_not_fit_are_refused_where_masks_are_drawn(strategy: str, unit: int) -> None:
+    """And not before: an encoder that was pre-trained with large squares may be used on small images."""
+    model = seeded(MAEForPreTraining, tiny_config(mask_strategy=strategy, mask_unit=unit))
+    images = random_images(model.config)
+    with pytest.raises(ValueError, match=f"mask_unit is {unit}, but squares of a grid of 4x4 patches have from 2 to 2"):
+        model(images)
+    assert model(images, noise=torch.rand(2, 16)).loss.isfinite()
+    assert model.vit(images).pooler_output.isfinite().all()

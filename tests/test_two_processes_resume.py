@@ -98,7 +98,7 @@ def test_taught_pretraining__in_two_processes_ends_like_undisturbed(
     crops: list[str], pets: Path, tmp_path: Path
 ) -> None:
     """And like one process, but for the order in which gradients are added."""
-    size = ["--size", "tiny", "--image_size", "16", "--patch_size", "4", "--hidden_size", "32", "--base_lr", "0.02"]
+    size = ["--size", "tiny", "--image_size", "16", "--patch_size", "4", "--hidden_size", "48", "--base_lr", "0.02"]
     common = [word for word in COMMON if word not in ("--eval_fraction", "0.25")]
     taught = ["--target", "features", "--teacher", save(tmp_path / "teacher", "resnet"), "--mask_strategy", "block"]
     words = [run_pretrain.__file__, "--dataset", str(pets), *size, *common, *taught, *crops]

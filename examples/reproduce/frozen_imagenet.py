@@ -47,7 +47,8 @@ class FrozenNetwork(nn.Module):
         self.network = timm.create_model("tf_efficientnet_lite0", features_only=True)
         whole = efficientnet().state_dict()
         self.network.load_state_dict({name: whole[name] for name in self.network.state_dict()})
-        self.requires_grad_(False)
+        # The order of channels in which a CPU takes two thirds of the time.
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
         """Not even its statistics are those of other images."""
@@ -56,7 +57,8 @@ class FrozenNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         enlarged = F.interpolate(pixel_values, scale_factor=ENLARGED, mode="bicubic")
-        return dict(zip(PYRAMID_SCALES, self.network(enlarged)[1:], strict=True))
+        maps = self.network(enlarged.contiguous(memory_format=torch.channels_last))[1:]
+        return dict(zip(PYRAMID_SCALES, (of_level.contiguous() for of_level in maps), strict=True))
 
 
 class FrozenSegmenter(MAEForSemanticSegmentation):
