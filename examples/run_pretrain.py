@@ -42,6 +42,7 @@ from mae_hf.training.tasks import PretrainRecipe
 from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen, open_teacher, teaching
 
 PICTURES = 8
+OF_TARGET = ("target", "target_size", "distilled_from")
 # What may differ from the checkpoint.
 OF_RECIPE = ("image_size", "mask_ratio", "mask_strategy", "mask_unit", "norm_pix_loss", "target", "target_loss")
 
@@ -54,10 +55,17 @@ def build_model(recipe: PretrainRecipe, teacher: Teacher | PatchTokenizer | None
     if recipe.model_name_or_path is None:
         model = MAEForPreTraining(recipe.config(**target))
     else:
-        config = recipe.checkpoint_config(OF_RECIPE, **target)
         before = MAEConfig.from_pretrained(recipe.model_name_or_path)
-        of_target = ("decoder.decoder_pred.",) if before.prediction_size != config.prediction_size else ()
-        model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config, of_target)
+        now, earlier = target["distilled_from"] or "", before.distilled_from or ""  # which stays in the encoder
+        target["distilled_from"] = (
+            earlier if now in earlier else "; before ".join(filter(None, [now, earlier]))
+        ) or None
+        config = recipe.checkpoint_config(OF_RECIPE, **target)
+        is_new_target = any(getattr(before, name) != getattr(config, name) for name in OF_TARGET)
+        last_layer = ("decoder.decoder_pred.",) if is_new_target else ()
+        model, _ = load_with_encoder(MAEForPreTraining, recipe.model_name_or_path, config, last_layer)
+        if is_new_target:
+            model.renew_prediction()
     if recipe.attn_implementation:
         model.set_attn_implementation(recipe.attn_implementation)
     if recipe.gradient_checkpointing:
@@ -76,10 +84,13 @@ def with_targets(
     images: PretrainingImages, target_of: Callable[[torch.Tensor], Any], recipe: PretrainRecipe, run: Run
 ) -> Samples:
     """The samples, with their targets if those are the same in every epoch; and said."""
-    if not shows_images_alike(recipe):
+    if recipe.target != "features" or not shows_images_alike(recipe):
         return images
-    instead = "--horizontal_flip true, with which they are not kept"
-    samples = EncodedOnce(images, target_of, "target", recipe.per_device_batch_size, run.stop.heeded, instead)
+    try:
+        samples = EncodedOnce(images, target_of, "target", recipe.per_device_batch_size, run.stop.heeded)
+    except ValueError as error:
+        run.say(f"target    computed in each step. {error}")
+        return images
     run.say(f"target    of {len(samples.samples):,} images computed once, as nothing about their pixels is random")
     return samples
 
@@ -97,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         teacher = open_teacher(recipe)
     recipe = recipe.fitted(source.length)
     if teacher is not None:
-        recipe = replace(recipe, teacher_revision=teacher.revision)
+        recipe = replace(recipe, teacher_hash=teacher.hash)
     set_seed(recipe.seed)
     model = build_model(recipe, teacher)
     config = model.config

@@ -52,6 +52,12 @@ class ReconstructionMixin(CheckpointModel):
         """Whether the checkpoint had no trained decoder, and there is none since: its last bias is still zero."""
         return self._was_loaded_without_decoder and not self.decoder.decoder_pred.bias.any()
 
+    def renew_prediction(self) -> None:
+        """A new last layer of the decoder, for another target: one that has learned another is none."""
+        fresh = type(self)(self.config)
+        self.decoder.decoder_pred.load_state_dict(fresh.decoder.decoder_pred.state_dict())
+        self._was_loaded_without_decoder = True
+
     def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, N, P*Q*C), with the checks of `forward`."""
         grid_of(pixel_values, self.config, interpolate_pos_encoding)

@@ -1,5 +1,6 @@
 """What a frozen encoder makes of images that are always seen alike: computed once, and kept in memory."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from .order import SampleKey
 from .probes import check_features_fit
 from .samples import Samples
 from .tasks import DenseRecipe, PretrainRecipe
+
+FLOAT_BYTES = 4
 
 
 def shows_images_alike(recipe: PretrainRecipe) -> bool:
@@ -48,7 +51,7 @@ class EncodedOnce(Samples):
         name: str,
         batch_size: int,
         heeded: Callable[[Any], Any],
-        instead: str,
+        instead: str = "fewer images",
     ) -> None:
         self.source, self.seed, self.repeats = images.source, images.seed, images.repeats
         self.images = images
@@ -59,7 +62,8 @@ class EncodedOnce(Samples):
             with torch.no_grad():
                 encoded = encode(torch.stack([sample["pixel_values"] for sample in samples])).cpu()
             if not self.samples:
-                check_features_fit(len(keys), encoded[0].numel(), instead)
+                kept = encoded[0].nbytes + samples[0]["pixel_values"].nbytes
+                check_features_fit(len(keys), math.ceil(kept / FLOAT_BYTES), instead)
             self.samples += [{**sample, name: of_image} for sample, of_image in zip(samples, encoded, strict=True)]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from .command_line import as_yaml
 from .decode import PIL_MODES, printable
 from .detection import DetectionMetrics
 from .metrics import ClassificationMetrics
+from .paths import is_absent_path
 from .recipe import Recipe
 from .segmentation import SegmentationMetrics
 from .starting_weights import IMAGENET_MEAN
@@ -56,8 +57,9 @@ def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = N
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
     hidden += [name for name in vars(recipe) if name == "class_list"]
-    of_target = {name: getattr(recipe, name, None) for name in ("teacher", "tokenizer")}
-    hidden += [name for name, path in of_target.items() if path is not None and Path(path).exists()]
+    teacher = getattr(recipe, "teacher", None)
+    hidden += ["teacher"] if teacher is not None and (Path(teacher).exists() or is_absent_path(teacher)) else []
+    hidden += ["tokenizer"] if getattr(recipe, "tokenizer", None) is not None else []
     return as_yaml(recipe, without=hidden)
 
 

@@ -261,12 +261,14 @@ class Recipe:
                     f"The run folder {self.output_dir} is inside the images of {name}, {images}, so that the pictures "
                     f"of the run would become images to train on: choose another --output_dir."
                 )
-        model = None if getattr(self, "only_evaluates", False) else getattr(self, "model_name_or_path", None)
-        if model and Path(model).exists() and Path(model).resolve().is_relative_to(Path(self.output_dir).resolve()):
-            raise ValueError(
-                f"The run folder {self.output_dir} holds the checkpoint to begin with, {model}, which the run would "
-                f"replace: choose another --output_dir."
-            )
+        needed = {"model_name_or_path": "checkpoint to begin with", "teacher": "teacher", "tokenizer": "tokenizer"}
+        for name, what in needed.items() if not getattr(self, "only_evaluates", False) else ():
+            model = getattr(self, name, None)
+            if model and Path(model).exists() and Path(model).resolve().is_relative_to(Path(self.output_dir).resolve()):
+                raise ValueError(
+                    f"The run folder {self.output_dir} holds the {what}, {model}, which the run would replace: choose "
+                    f"another --output_dir."
+                )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub needs a name to push to: --hub_model_id user/name.")
 

@@ -58,12 +58,18 @@ class PretrainRecipe(WholeModel, Cropped):
         None, MODEL, "for features: a frozen vision model of transformers or timm, or another MAE; folder or Hub name"
     )
     teacher_revision: str | None = setting(
-        None, MODEL, "commit of the teacher on the Hub; of a folder or a tokenizer, the hash of its weights"
+        None, MODEL, "commit, tag or branch of the teacher on the Hub; else its newest"
+    )
+    teacher_hash: str | None = setting(
+        None,
+        MODEL,
+        "hash of the weights of teacher or tokenizer, which a run fills in: one with other weights is refused",
     )
     teacher_layers: list[int] | None = setting(
         None,
         MODEL,
-        "which of its hidden states, side by side, 0 is that of the embeddings; else what it ends with",
+        "which of its hidden states, side by side; 0 is that of the embeddings, of timm's models that of the first "
+        "block; else what it ends with",
         at_least=0,
         at_most=2**9,
     )
@@ -111,8 +117,11 @@ class PretrainRecipe(WholeModel, Cropped):
         for name, target in (("teacher", "features"), ("tokenizer", "tokens")):
             if (getattr(self, name) is not None) != (self.target == target):
                 raise ValueError(f"--target {target} and --{name} belong together: give both, or neither.")
-        if self.teacher_revision is not None and self.teacher is None and self.tokenizer is None:
-            raise ValueError("teacher_revision has no effect without a teacher or a tokenizer: leave it out.")
+        for name in ("teacher_revision", "teacher_layers"):
+            if getattr(self, name) is not None and self.teacher is None:
+                raise ValueError(f"{name} has no effect without a teacher: leave it out.")
+        if self.teacher_hash is not None and self.teacher is None and self.tokenizer is None:
+            raise ValueError("teacher_hash has no effect without a teacher or a tokenizer: leave it out.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 

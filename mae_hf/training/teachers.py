@@ -8,6 +8,7 @@ is no part of the model: it is neither trained nor saved, and no launcher prepar
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +32,6 @@ OURS = ("mae", "vit_mae")  # which AutoModel would load as a model that masks
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # whose forward takes it without being asked
 STRIDE = 32  # what convolutional networks want the sides of an image to be a multiple of
 CODEBOOK = "centres"  # the tensor in the file of a tokenizer
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def as_seen(pixels: Tensor, image_shape: tuple[int, int]) -> Tensor:
@@ -46,11 +46,12 @@ class Teacher(nn.Module):
 
     Args:
         name: a folder or a name on the Hub.
-        revision: on the Hub; of a folder, the hash that `revision` gave before.
+        revision: commit, tag or branch on the Hub.
         layers: which hidden states, laid beside one another; `None` is what the model itself ends with.
+        expected: the hash that the weights had before.
 
     Attributes:
-        revision: the commit on the Hub, or a hash of the weights in a folder.
+        hash: of the weights; a folder, or a name on the Hub, may have others later.
         size: T.
         view: (height, width) of the crops that teacher and student are shown, after `lay_on`.
 
@@ -62,17 +63,19 @@ class Teacher(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, revision: str | None = None, layers: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        layers: list[int] | None = None,
+        expected: str | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.layers = name, layers
-        on_hub = None if Path(name).exists() else revision
-        self.model = _load(name, on_hub)
+        self.model = _load(name, revision)
         self.requires_grad_(False)
-        if Path(name).exists():
-            self.revision: str | None = _hash(self.model, name, revision)
-        else:
-            self.revision = getattr(self.model.config, "_commit_hash", None) or revision
-        self.own_size, mean, std = _look(name, on_hub, self.model.config)
+        self.hash = _hash(self.model, name, expected)
+        self.own_size, mean, std = _look(name, revision, self.model.config)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
         with torch.no_grad():
@@ -91,7 +94,7 @@ class Teacher(nn.Module):
         """For the card and the configuration: which model, which weights, which layers."""
         name = Path(self.name).resolve().name if Path(self.name).exists() else self.name
         layers = f", layers {', '.join(map(str, self.layers))}" if self.layers else ""
-        return f"{name}@{self.revision}{layers}" if self.revision else f"{name}{layers}"
+        return f"{name}@{self.hash}{layers}"
 
     def lay_on(self, config: MAEConfig) -> None:
         """Lay the features on the patches of a student: see it at a size of as many patches, or else at its own.
@@ -113,7 +116,9 @@ class Teacher(nn.Module):
         elif height != width and self._takes_any_size():
             scale = min(self.own_size) / min(height, width)
             self.image_shape = _multiples(scale * height, scale * width)
-        self.view = (max(height, self.image_shape[0]), max(width, self.image_shape[1]))
+        # Of the student's aspect, by which crops are drawn, whatever the teacher makes of them.
+        scale = max(1, self.image_shape[0] / height, self.image_shape[1] / width)
+        self.view = (math.ceil(scale * height), math.ceil(scale * width))
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -133,7 +138,9 @@ class Teacher(nn.Module):
             wanted["interpolate_pos_encoding"] = True
         output = self.model(images, **wanted)
         if not self.layers:
-            return [output.last_hidden_state]
+            last = output.last_hidden_state
+            is_channels_last = getattr(getattr(self.model, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+            return [last.permute(0, 3, 1, 2) if is_channels_last and last.ndim == 4 else last]
         states = output.hidden_states
         try:
             return [states[layer] for layer in self.layers]
@@ -182,10 +189,10 @@ class PatchTokenizer(nn.Module):
 
     Args:
         path: a safetensors file with `centres` (V, P*Q*C), of patches as `normalize_patches` leaves them.
-        revision: the hash that `revision` gave before.
+        expected: the hash that the centres had before.
 
     Attributes:
-        revision: a hash of the centres.
+        hash: of the centres.
         size: V.
         view: (height, width) of the crops, after `lay_on`.
 
@@ -196,7 +203,7 @@ class PatchTokenizer(nn.Module):
     unit = "tokens"
     centres: Tensor
 
-    def __init__(self, path: str, revision: str | None = None) -> None:
+    def __init__(self, path: str, expected: str | None = None) -> None:
         super().__init__()
         try:
             with safe_open(path, "pt") as file:
@@ -206,9 +213,9 @@ class PatchTokenizer(nn.Module):
         if centres.ndim != 2 or not centres.isfinite().all():
             raise ValueError(f"{CODEBOOK!r} of {path} must be finite and (vocabulary, numbers of a patch).")
         self.register_buffer("centres", centres)
-        self.revision: str | None = _hash(self, path, revision)
+        self.hash = _hash(self, path, expected)
         self.size = len(centres)
-        self.description = f"{Path(path).name}@{self.revision}"
+        self.description = f"{Path(path).name}@{self.hash}"
         self.path = path
 
     def lay_on(self, config: MAEConfig) -> None:
@@ -237,10 +244,10 @@ def open_teacher(recipe: PretrainRecipe) -> Teacher | PatchTokenizer | None:
     """What a recipe's target is of, or None where the model computes it itself."""
     if recipe.target == "features":
         assert recipe.teacher is not None
-        return Teacher(recipe.teacher, recipe.teacher_revision, recipe.teacher_layers)
+        return Teacher(recipe.teacher, recipe.teacher_revision, recipe.teacher_layers, recipe.teacher_hash)
     if recipe.target == "tokens":
         assert recipe.tokenizer is not None
-        return PatchTokenizer(recipe.tokenizer, recipe.teacher_revision)
+        return PatchTokenizer(recipe.tokenizer, recipe.teacher_hash)
     return None
 
 
@@ -329,13 +336,13 @@ def _hash(model: nn.Module, name: str, expected: str | None) -> str:
         ValueError: others are expected.
     """
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        found.update(key.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     digits = found.hexdigest()[:16]
     if expected not in (None, digits):
         raise ValueError(
-            f"{name} has the weights {digits}, and not {expected}, which teacher_revision asks for: it was changed in "
+            f"{name} has the weights {digits}, and not {expected}, which teacher_hash asks for: it was changed in "
             f"the meantime."
         )
     return digits

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mae_hf import masking, targets
 from mae_hf.configuration_mae import SIZES
+from mae_hf.training import tasks
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.recipe import SIZE_NAMES, Recipe
 from mae_hf.training.tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
@@ -178,3 +180,8 @@ def test_batch__fits_the_images_where_it_is_not_given(images: int, pretrain: int
 
 def test_sizes__are_those_of_the_configuration() -> None:
     assert list(SIZE_NAMES) == list(SIZES)
+
+
+def test_choices__are_those_of_the_model() -> None:
+    assert (tasks.TARGETS, tasks.TARGET_LOSSES) == (targets.TARGETS, targets.LOSSES)
+    assert tasks.MASK_STRATEGIES == masking.MASK_STRATEGIES

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import run_pretrain
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scripts import losses, metrics
+from scripts import interrupt, losses, when_step
 from test_run_pretrain import photos, pretrain  # noqa: F401  # a fixture
 from tiny import scramble, seeded, tiny_config
 from torch import Tensor
@@ -178,19 +178,22 @@ def test_teacher__is_frozen_and_stays_in_evaluation(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
+def save_timm(folder: Path, name: str, model: torch.nn.Module, **arguments: Any) -> None:
+    """A model of timm as transformers' TimmWrapper reads it."""
+    config = {"architecture": name, "num_classes": 1000, "model_type": "timm_wrapper", "model_args": arguments}
+    config["pretrained_cfg"] = model.pretrained_cfg
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    weights = {f"timm_model.{key}": value for key, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+
+
 def test_teacher__of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="a teacher of timm needs timm")
     for name, layers, size in (("tf_efficientnet_lite0", [3], 112), ("vit_tiny_patch16_224", None, 192)):
-        config = {"architecture": name, "num_classes": 1000, "model_type": "timm_wrapper"}
-        config["pretrained_cfg"] = timm.create_model(name).pretrained_cfg
         folder = tmp_path / name
         folder.mkdir()
         torch.manual_seed(0)
-        model = timm.create_model(name)
-        save_file(
-            {f"timm_model.{key}": value for key, value in model.state_dict().items()}, folder / "model.safetensors"
-        )
-        (folder / "config.json").write_text(json.dumps(config, default=str))
+        save_timm(folder, name, timm.create_model(name))
         teacher = Teacher(str(folder), layers=layers)
         teacher.lay_on(student(image_size=[32, 48]))
         assert teacher.size == size
@@ -232,6 +235,8 @@ def test_tokenizer__that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
         (["--target", "tokens"], "--target tokens and --tokenizer belong together"),
         (["--target", "hog", "--tokenizer", "a"], "--target tokens and --tokenizer belong together"),
         (["--teacher_revision", "abc"], "teacher_revision has no effect without"),
+        (["--target", "hog", "--teacher_layers", "3"], "teacher_layers has no effect without"),
+        (["--teacher_hash", "abc"], "teacher_hash has no effect without"),
         (["--target", "colours"], "target"),
     ],
 )
@@ -264,8 +269,9 @@ def test_run__learns_resumes_bit_equal_and_says_what_it_is(
     photos: str,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = [*words_of(target, tmp_path), "--mask_strategy", "block", "--epochs", "20"]
+    words = [*words_of(target, tmp_path), "--mask_strategy", "block", "--epochs", "20", "--save_every", "10"]
     records = pretrain(photos, tmp_path / "whole", *words)
     said = capsys.readouterr().out
     assert records[-1]["loss"] < records[0]["loss"]
@@ -283,9 +289,13 @@ def test_run__learns_resumes_bit_equal_and_says_what_it_is(
         assert model.config.target_size == 24
         assert f"target    features of {model.config.distilled_from}, 24 numbers a patch" in said
 
-    pretrain(photos, tmp_path / "cut", *words[:-1], "7")
-    cut = pretrain(photos, tmp_path / "cut", *words)
-    assert losses(cut)[-1] == losses(records)[-1] or len(cut) == len(records)
+    with monkeypatch.context() as patch:
+        when_step(17, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(photos, tmp_path / "cut", *words)
+    assert losses(pretrain(photos, tmp_path / "cut", *words)) == losses(records)
+    ended, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(ended[name], cut[name]) for name in ended)
 
 
 def test_run__another_teacher_is_refused(photos: str, tmp_path: Path) -> None:  # noqa: F811
@@ -294,27 +304,86 @@ def test_run__another_teacher_is_refused(photos: str, tmp_path: Path) -> None:  
     teacher = tmp_path / "teacher" / "model.safetensors"
     weights = load_file(teacher)
     save_file({name: 2 * tensor for name, tensor in weights.items()}, teacher, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"teacher_revision: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"):
+    with pytest.raises(ValueError, match=r"teacher_hash: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"):
         pretrain(photos, tmp_path / "run", *words)
 
 
+@pytest.mark.parametrize("size", ["another", "the same"])
 def test_run__continues_a_pixel_checkpoint_with_another_target(
+    size: str,
     photos: str,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The last layer of the decoder is new, where it has the same shape as well; everything else goes on."""
     pretrain(photos, tmp_path / "pixels")
-    capsys.readouterr()
     start = ["--model_name_or_path", str(tmp_path / "pixels")]
-    recipe = read_recipe(
-        PretrainRecipe, ["--dataset", photos, *start, "--target", "hog", "--output_dir", str(tmp_path / "hog")]
+    words = ["--target", "hog"]
+    if size == "the same":  # 48 numbers in a patch of pixels, and in this vocabulary
+        save_file({"centres": torch.randn(48, 48)}, tmp_path / "tokens.safetensors")
+        words = ["--target", "tokens", "--tokenizer", str(tmp_path / "tokens.safetensors")]
+    recipe = read_recipe(PretrainRecipe, ["--dataset", photos, *start, *words, "--output_dir", str(tmp_path / "next")])
+    before, after = (
+        MAEForPreTraining.from_pretrained(tmp_path / "pixels"),
+        run_pretrain.build_model(recipe, run_pretrain.open_teacher(recipe)),
     )
-    before, after = MAEForPreTraining.from_pretrained(tmp_path / "pixels"), run_pretrain.build_model(recipe)
-    assert after.config.target == "hog"
-    names = after.state_dict().keys() - {"decoder.decoder_pred.weight", "decoder.decoder_pred.bias"}
-    assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in names)
-    records = metrics(tmp_path / "pixels")
-    assert np.isfinite(records[-1]["loss"])
+    for name, weight in after.state_dict().items():
+        assert ("decoder_pred" in name) != torch.equal(weight, before.state_dict().get(name, torch.zeros(0))), name
+    capsys.readouterr()
+    records = pretrain(photos, tmp_path / "next", *start, *words, "--epochs", "20")
+    assert f"which has no decoder of {recipe.target}: that is new" in capsys.readouterr().out
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_run__keeps_whom_a_checkpoint_was_taught_by(photos: str, tmp_path: Path) -> None:  # noqa: F811
+    pretrain(photos, tmp_path / "taught", *words_of("features", tmp_path))
+    teacher = MAEForPreTraining.from_pretrained(tmp_path / "taught").config.distilled_from
+    pretrain(photos, tmp_path / "pixels", "--model_name_or_path", str(tmp_path / "taught"))
+    assert MAEForPreTraining.from_pretrained(tmp_path / "pixels").config.distilled_from == teacher
+    card = (tmp_path / "pixels" / "README.md").read_text()
+    assert "This is a distillation" in card
+    assert "has seen no labels" not in card
+
+
+@pytest.mark.parametrize("what", ["teacher", "tokenizer"])
+def test_recipe__in_the_run_folder_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "it").mkdir()
+    words = {"teacher": ["--target", "features"], "tokenizer": ["--target", "tokens"]}[what]
+    with pytest.raises(ValueError, match=f"holds the {what}, .*which the run would replace"):
+        parse_recipe(PretrainRecipe, [*words, f"--{what}", str(tmp_path / "it"), "--output_dir", str(tmp_path)])
+
+
+def test_hash__of_others_is_refused_by_name(tmp_path: Path) -> None:
+    name = save(tmp_path / "teacher", "vit")
+    with pytest.raises(ValueError, match=f"^{name} has the weights .*, and not 0000, which teacher_hash asks for"):
+        Teacher(name, expected="0000")
+    assert Teacher(name, expected=Teacher(name).hash).size == WIDTH
+    tokens = write_tokenizer(tmp_path / "tokens.safetensors")
+    with pytest.raises(ValueError, match=f"^{tokens} has the weights"):
+        PatchTokenizer(tokens, "0000")
+
+
+def test_teacher__of_timm_with_channels_last(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="a teacher of timm needs timm")
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=8, num_heads=(2, 2))
+    save_timm(tmp_path, "swin_tiny_patch4_window7_224", model, depths=[1, 1], embed_dim=8, num_heads=[2, 2])
+    teacher = Teacher(str(tmp_path))
+    teacher.lay_on(student(image_size=[32, 64]))
+    assert teacher.size == 16
+    assert teacher(pixels(1, 3, 32, 64)).shape == (1, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "view"), [([112, 224], 16, (112, 224)), (224, [8, 16], (392, 392)), (32, 8, (32, 32))]
+)
+def test_view__has_the_aspect_of_the_student(image_size, patch_size, view: tuple[int, int], tmp_path: Path) -> None:
+    """By which crops are drawn: a square model sees crops that are not stretched, whoever teaches it."""
+    name = save(tmp_path, "vit")
+    teacher = Teacher(name)
+    if patch_size == [8, 16]:  # 28 x 14 patches, which DINOv2's of 14 pixels see at 392 x 196
+        teacher.patch_shape = (14, 14)
+    teacher.lay_on(student(image_size=image_size, patch_size=patch_size))
+    assert teacher.view == view
 
 
 def test_run__computes_the_target_once_where_the_pixels_are_always_the_same(
