@@ -57,9 +57,8 @@ def build_model(recipe: PretrainRecipe, teacher: Teacher | PatchTokenizer | None
     else:
         before = MAEConfig.from_pretrained(recipe.model_name_or_path)
         now, earlier = target["distilled_from"] or "", before.distilled_from or ""  # which stays in the encoder
-        target["distilled_from"] = (
-            earlier if now in earlier else "; before ".join(filter(None, [now, earlier]))
-        ) or None
+        all_of_them = earlier if now in earlier else "; before ".join(filter(None, [now, earlier]))
+        target["distilled_from"] = all_of_them or None
         config = recipe.checkpoint_config(OF_RECIPE, **target)
         is_new_target = any(getattr(before, name) != getattr(config, name) for name in OF_TARGET)
         last_layer = ("decoder.decoder_pred.",) if is_new_target else ()
