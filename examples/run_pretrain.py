@@ -30,6 +30,7 @@ from mae_hf.training.command_line import read_recipe
 from mae_hf.training.faults import run_script
 from mae_hf.training.files import whole
 from mae_hf.training.frozen import EncodedOnce, shows_images_alike
+from mae_hf.training.gain import Gain, check_judging, judge
 from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import parameter_groups
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             recipe.dataset, recipe.split, recipe.image_column, recipe.streaming, config=recipe.dataset_config
         )
         teacher = open_teacher(recipe)
+        check_judging(recipe)
     recipe = recipe.fitted(source.length)
     if teacher is not None:
         recipe = replace(recipe, teacher_hash=teacher.hash)
@@ -157,6 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
             with whole(path) as aside:
                 save_picture(pictures, aside)
 
+    def write_card(path: Path, gain: Gain | None = None) -> None:
+        history = run.folder.history()
+        write_pretraining_card(path, recipe, source.name, history, parameters, config.distilled_from, gain)
+
     def export() -> None:
         """Write what others load into the run folder: picture, model, processor and card; every process takes part."""
         with run.folder.exporting(accelerator) as path:
@@ -167,9 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
             if run.is_main:
                 processor = image_processor(config.image_shape, recipe.center_crop, recipe.image_mean, recipe.image_std)
                 processor.save_pretrained(path)
-                write_pretraining_card(
-                    path, recipe, source.name, run.folder.history(), parameters, config.distilled_from
-                )
+                write_card(path)
 
     samples = with_targets(images, target_of, recipe, run) if teacher is not None else images
     steps = run.steps(samples)
@@ -192,6 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- the model, its processor, its picture and its card
     export()
+    if recipe.labelled_dataset is not None and run.is_main:
+        write_card(run.folder.path, judge(recipe, run.folder.path, run.first_step < run.total_steps, run.say))
     run.end(f"Pre-trained for {run.total_steps} steps")
     for doubt in doubts_of_end(run.folder.history()):
         if doubt not in said:

@@ -1,7 +1,7 @@
 """What has started the processes of a run, what it told them, and what it cannot do."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from os.path import exists
@@ -13,6 +13,12 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import get_int_from_env, is_bf16_available, is_torch_xla_available
 from torch import distributed
 
+# What launchers tell their processes by.
+TOLD = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("FSDP_", "PARALLELISM_CONFIG_", "OMPI_", "PMI_", "MV2_", "SLURM_RESTART_COUNT"),
+)
+ON_CPU = "ACCELERATE_USE_CPU"
 PREPARING = timedelta(days=30)  # as good as without a limit
 LAUNCHERS = {
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
@@ -25,6 +31,11 @@ def parent_launcher() -> psutil.Process | None:
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
     return parent if any(os.path.basename(word) in LAUNCHERS for word in words) else None
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is to be the only one of its run, on the same device."""
+    return {name: value for name, value in environment.items() if name == ON_CPU or not name.startswith(TOLD)}
 
 
 def check_launcher() -> None:

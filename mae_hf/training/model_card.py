@@ -12,6 +12,8 @@ from .baseline import doubts_of_end
 from .command_line import as_yaml
 from .decode import PIL_MODES, printable
 from .detection import DetectionMetrics
+from .files import replace
+from .gain import TITLES, Gain
 from .metrics import ClassificationMetrics
 from .paths import is_absent_path
 from .recipe import Recipe
@@ -57,8 +59,8 @@ def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = N
     if hub_base_model(recipe) is None:
         hidden.append("model_name_or_path")
     hidden += [name for name in vars(recipe) if name == "class_list"]
-    teacher = getattr(recipe, "teacher", None)
-    hidden += ["teacher"] if teacher is not None and (Path(teacher).exists() or is_absent_path(teacher)) else []
+    places = {name: getattr(recipe, name, None) for name in ("teacher", "labelled_dataset", "labelled_recipe")}
+    hidden += [name for name, place in places.items() if place and (Path(place).exists() or is_absent_path(place))]
     hidden += ["tokenizer"] if getattr(recipe, "tokenizer", None) is not None else []
     return as_yaml(recipe, without=hidden)
 
@@ -95,6 +97,7 @@ def write_pretraining_card(
     history: list[dict[str, Any]],
     num_parameters: int,
     distilled_from: str | None = None,
+    gain: Gain | None = None,
 ) -> None:
     """Fill in the template pretrain.md and write it as README.md beside the model.
 
@@ -107,6 +110,7 @@ def write_pretraining_card(
         history: the records of metrics.jsonl.
         num_parameters: of encoder and decoder.
         distilled_from: of the configuration.
+        gain: on labelled images, see `gain.judge`.
     """
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
     data = ModelCardData(
@@ -131,6 +135,10 @@ def write_pretraining_card(
         masks=MASKS[recipe.mask_strategy].format(unit=recipe.mask_unit),
         target=PREDICTED[recipe.target],
         distilled_from=distilled_from,
+        gain={
+            TITLES[name]: {measure: f"{100 * of[measure]:.1f}" for measure in of} for name, of in (gain or {}).items()
+        },
+        labelled_source=printable(Path(recipe.labelled_dataset or "").name),
         decoder_type=recipe.decoder_type,
         predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",
@@ -139,7 +147,7 @@ def write_pretraining_card(
         doubts=doubts_of_end(history),
         curve=loss_table(history),
     )
-    card.save(Path(folder) / "README.md")
+    replace(Path(folder) / "README.md", str(card))
 
 
 def write_classifier_card(
@@ -324,7 +332,7 @@ def _write_evaluated_card(
         curve=loss_table(history),
         **of_task,
     )
-    card.save(Path(folder) / "README.md")
+    replace(Path(folder) / "README.md", str(card))
 
 
 def _best_and_worst(shares: Iterable[tuple[float | None, str]]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..configuration_mae import MAEConfig
 
 # Settings that name a place: another spelling of it is the same.
-PLACES = ("dataset", "eval_dataset", "model_name_or_path", "teacher", "tokenizer")
+PLACES = ("dataset", "eval_dataset", "labelled_dataset", "model_name_or_path", "teacher", "tokenizer")
 SIZE_NAMES = ("tiny", "small", "base", "large", "huge")  # of configuration_mae.SIZES
 # What Accelerate can log to, and the packages one of which it needs for that.
 TRACKERS = {
@@ -254,7 +254,7 @@ class Recipe:
                 raise ValueError(f"{name} must be one number or height and width, but is {sides}.")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie between 0 and epochs, {self.epochs}.")
-        for name in ("dataset", "eval_dataset"):
+        for name in ("dataset", "eval_dataset", "labelled_dataset"):
             images = getattr(self, name, None)
             if images is not None and is_inside(self.output_dir, images):
                 raise ValueError(

@@ -33,6 +33,7 @@ IMAGES = {"dataset": "train", "eval_dataset": "evaluation"}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "probe.safetensors")
 EXPORTED = (
     *("config.json", "preprocessor_config.json", "README.md", "reconstruction.png", "confusion.png", "results.json"),
+    "labelled.json",
     *WEIGHTS,
 )
 LOGGED = ("metrics.jsonl", "skipped.jsonl", "versions.json", "images.yaml", "recipe.yaml")

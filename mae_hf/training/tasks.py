@@ -19,6 +19,20 @@ MASK_STRATEGIES = ("random", "unit", "block", "grid")
 class PretrainRecipe(WholeModel, Cropped):
     """Pre-training (Section 4 and Table 8 of the paper: ViT-B/16 on ImageNet-1k, 800 epochs, batch 4096)."""
 
+    labelled_dataset: str | None = setting(
+        None,
+        IMAGES,
+        "labelled images that say at the end what this training has brought, in three numbers: the encoder frozen as "
+        "model_name_or_path has it, frozen as it is now, and fine-tuned",
+        may_change=True,
+    )
+    labelled_split: str | None = setting(
+        None, IMAGES, "their split to evaluate on; else a fifth of them is held out", may_change=True
+    )
+    labelled_recipe: str = setting(
+        "finetune_small_data", IMAGES, "the recipe of that fine-tuning, a name or a file", may_change=True
+    )
+
     num_class_tokens: int | None = setting(
         None, MODEL, "the class token and registers; 1, or the checkpoint's", at_least=1
     )
@@ -122,6 +136,13 @@ class PretrainRecipe(WholeModel, Cropped):
                 raise ValueError(f"{name} has no effect without a teacher: leave it out.")
         if self.teacher_hash is not None and self.teacher is None and self.tokenizer is None:
             raise ValueError("teacher_hash has no effect without a teacher or a tokenizer: leave it out.")
+        if self.labelled_dataset is not None and self.model_name_or_path is None:
+            raise ValueError(
+                "labelled_dataset compares the encoder with what it was before, so that it needs a checkpoint to begin "
+                "with: give --model_name_or_path, or judge the model with run_linear_probe.py and run_finetune.py."
+            )
+        if self.labelled_split is not None and self.labelled_dataset is None:
+            raise ValueError("labelled_split has no effect without a labelled_dataset: leave it out.")
         if self.hub_push_every_checkpoint and not self.push_to_hub:
             raise ValueError("hub_push_every_checkpoint has no effect without push_to_hub: set both, or neither.")
 
