@@ -35,12 +35,13 @@ from mae_hf.training.loop import Run, number_of_parameters
 from mae_hf.training.model_card import shareable_recipe, write_pretraining_card
 from mae_hf.training.optim import parameter_groups
 from mae_hf.training.pictures import save_picture
+from mae_hf.training.probes import FeaturesDoNotFitError
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import PretrainingImages, Samples
 from mae_hf.training.sources import ImageSource, open_source
 from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import PretrainRecipe
-from mae_hf.training.teachers import PatchTokenizer, Teacher, as_seen, open_teacher, teaching
+from mae_hf.training.teachers import BEFORE, PatchTokenizer, Teacher, as_seen, open_teacher, teaching
 
 PICTURES = 8
 OF_TARGET = ("target", "target_size", "distilled_from")
@@ -58,7 +59,7 @@ def build_model(recipe: PretrainRecipe, teacher: Teacher | PatchTokenizer | None
     else:
         before = MAEConfig.from_pretrained(recipe.model_name_or_path)
         now, earlier = target["distilled_from"] or "", before.distilled_from or ""  # which stays in the encoder
-        all_of_them = earlier if now in earlier else "; before ".join(filter(None, [now, earlier]))
+        all_of_them = earlier if now in earlier else BEFORE.join(filter(None, [now, earlier]))
         target["distilled_from"] = all_of_them or None
         config = recipe.checkpoint_config(OF_RECIPE, **target)
         is_new_target = any(getattr(before, name) != getattr(config, name) for name in OF_TARGET)
@@ -86,13 +87,35 @@ def with_targets(
     """The samples, with their targets if those are the same in every epoch; and said."""
     if recipe.target != "features" or not shows_images_alike(recipe):
         return images
+    instead = "let them be computed in each step, as now"
     try:
-        samples = EncodedOnce(images, target_of, "target", recipe.per_device_batch_size, run.stop.heeded)
-    except ValueError as error:
+        samples = EncodedOnce(images, target_of, "target", recipe.per_device_batch_size, run.stop.heeded, instead)
+    except FeaturesDoNotFitError as error:
         run.say(f"target    computed in each step. {error}")
         return images
     run.say(f"target    of {len(samples.samples):,} images computed once, as nothing about their pixels is random")
     return samples
+
+
+def what_is_predicted(config: MAEConfig, teacher: Teacher | PatchTokenizer | None) -> dict[str, str]:
+    """What is said of masks and target before a run, where they are not the paper's."""
+    said = {}
+    if config.mask_strategy != "random":
+        squares = f" of {config.mask_unit}x{config.mask_unit}" if config.mask_strategy != "block" else ""
+        said["masks"] = f"{config.mask_strategy}{squares}, {config.mask_ratio:.0%} of the patches"
+    if config.target != "pixel":
+        taught = f" of {teacher.description}, {teacher.size:,} {teacher.unit}" if teacher is not None else ""
+        said["target"] = f"{config.target}{taught}, by {config.loss_of_target}"
+    return said
+
+
+def what_is_next(config: MAEConfig, path: Path) -> tuple[str, str]:
+    """Where the model is, and a command to look at it."""
+    if config.target == "pixel":
+        said = f"The model is in {path}, what it reconstructs in {path / 'reconstruction.png'}. Next:"
+        return said, f"    mae-hf visualize {path} YOUR_IMAGE.jpg"
+    probe = f"    mae-hf linear_probe --model_name_or_path {path} --dataset YOUR_LABELLED_IMAGES --eval_fraction 0.2"
+    return f"The model is in {path}. Next:", probe
 
 
 @closes_run_folder()
@@ -136,9 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
         "patches": f"{height}x{width} pixels in {config.num_patches} patches, the encoder sees "
         f"{config.num_visible_patches(config.num_patches)}",
     }
-    if teacher is not None:
-        about["target"] = f"{config.target} of {teacher.description}, {teacher.size:,} {teacher.unit}"
-    said = run.announce(about, [f"base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}"])
+    said = run.announce(
+        {**about, **what_is_predicted(config, teacher)},
+        [f"base {recipe.base_lr:.3g}, effective {recipe.effective_lr:.3g}"],
+    )
     run.begin(shareable_recipe(recipe, source.name) if recipe.push_to_hub else None)
 
     # --- the loop
@@ -202,15 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     for doubt in doubts_of_end(run.folder.history()):
         if doubt not in said:
             run.say(f"warning   {doubt}")
-    path = run.folder.path
-    if config.target == "pixel":
-        run.say(f"The model is in {path}, what it reconstructs in {path / 'reconstruction.png'}. Next:")
-        run.say(f"    mae-hf visualize {path} YOUR_IMAGE.jpg")
-    else:
-        run.say(f"The model is in {path}. Next:")
-        run.say(
-            f"    mae-hf linear_probe --model_name_or_path {path} --dataset YOUR_LABELLED_IMAGES --eval_fraction 0.2"
-        )
+    for line in what_is_next(config, run.folder.path):
+        run.say(line)
 
 
 if __name__ == "__main__":

@@ -160,10 +160,9 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
             job.name
         )
         of_others = [getattr(recipe, name, None) for name in ("model_name_or_path", "teacher", "tokenizer")]
-        needed = {None if name is None else Path(name).with_suffix("") for name in of_others} - {None}
-        assert {
-            path.parent if path.name == "tokenizer" and path.parent.name == "tokenizer" else path for path in needed
-        } == (set() if job.after is None else {RUNS / job.after}), job.name
+        needed = [Path(name) for name in of_others if name is not None]
+        assert len(needed) == (job.after is not None), job.name
+        assert all(path.is_relative_to(RUNS / str(job.after)) for path in needed), job.name
         if job.after is not None and part != "ablations":
             assert names.index(job.after) < names.index(job.name), "a job waits for a later one"
         if script in (

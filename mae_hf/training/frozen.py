@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from .order import SampleKey
-from .probes import check_features_fit
+from .probes import FLOAT_BYTES, check_features_fit
 from .samples import Samples
 from .tasks import DenseRecipe, PretrainRecipe
-
-FLOAT_BYTES = 4
 
 
 def shows_images_alike(recipe: PretrainRecipe) -> bool:
@@ -41,7 +39,7 @@ class EncodedOnce(Samples):
         instead: which setting needs less memory.
 
     Raises:
-        ValueError: they do not fit in memory.
+        FeaturesDoNotFitError: into memory.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class EncodedOnce(Samples):
         name: str,
         batch_size: int,
         heeded: Callable[[Any], Any],
-        instead: str = "fewer images",
+        instead: str,
     ) -> None:
         self.source, self.seed, self.repeats = images.source, images.seed, images.repeats
         self.images = images

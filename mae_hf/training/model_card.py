@@ -20,6 +20,7 @@ from .recipe import Recipe
 from .segmentation import SegmentationMetrics
 from .starting_weights import IMAGENET_MEAN
 from .tasks import DetectionRecipe, FinetuneRecipe, PretrainRecipe, SegmentationRecipe, TransferRecipe
+from .teachers import BEFORE, TOKENIZER
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 CURVE_ROWS = 10
@@ -113,6 +114,7 @@ def write_pretraining_card(
         gain: on labelled images, see `gain.judge`.
     """
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
+    taught_by = (distilled_from or "").split(BEFORE)
     data = ModelCardData(
         license=recipe.license,
         library_name="transformers",
@@ -134,7 +136,8 @@ def write_pretraining_card(
         mask_percent=round(100 * recipe.mask_ratio),
         masks=MASKS[recipe.mask_strategy].format(unit=recipe.mask_unit),
         target=PREDICTED[recipe.target],
-        distilled_from=distilled_from,
+        teachers=BEFORE.join(teacher for teacher in taught_by if not teacher.startswith(TOKENIZER)),
+        tokenizer=taught_by[0],
         gain={
             TITLES[name]: {measure: f"{100 * of[measure]:.1f}" for measure in of} for name, of in (gain or {}).items()
         },

@@ -89,6 +89,13 @@ def extract_features(
     return apply_to_images(encode, heeded(batches), max_skipped_images)
 
 
+FLOAT_BYTES = 4
+
+
+class FeaturesDoNotFitError(ValueError):
+    """Features of all images are too many for the memory of this machine."""
+
+
 def check_features_fit(
     num_images: int | None,
     numbers: int,
@@ -102,12 +109,12 @@ def check_features_fit(
         instead: which setting needs less memory.
 
     Raises:
-        ValueError: with the sizes. While they are put together, `extract_features` has them twice.
+        FeaturesDoNotFitError: with the sizes. While they are put together, `extract_features` has them twice.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, free = (num_images or 0) * numbers * 4, psutil.virtual_memory().available
+    needed, free = (num_images or 0) * numbers * FLOAT_BYTES, psutil.virtual_memory().available
     if 2 * needed * processes > free:
-        raise ValueError(
+        raise FeaturesDoNotFitError(
             f"The features of {num_images:,} images take {needed / 1e9:,.3g} GB in the memory of each process, and "
             f"twice that while they are put together; {free / 1e9:,.3g} GB are free, for {processes} of them. Take "
             f"fewer processes on a machine, or fewer images; or {instead}."

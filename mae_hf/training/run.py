@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from ..configuration_mae import MAEConfig
 from .checkpoints import Checkpoints, finish_writing, progress_of
 from .command_line import as_yaml
 from .files import append_records, as_json, flush, read_records, replace, writing
@@ -136,8 +137,8 @@ class RunFolder:
         same_images = {part for part, before, after in known if before == after}
 
         def is_same(key: str) -> bool:
-            if key not in recipe:  # a setting that did not exist then, and that is off by default
-                return defaults[key] is None or now[key] == defaults[key]
+            if key not in recipe:  # a setting that did not exist then, and is off by default, or as the model has it
+                return now[key] in (defaults[key], getattr(MAEConfig, key, None))
             before, after = recipe[key], now.get(key)
             return before == after or IMAGES.get(key) in same_images or (key in PLACES and _same_place(before, after))
 

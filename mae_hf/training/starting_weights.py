@@ -40,7 +40,7 @@ def load_with_encoder(
             is of another shape; with its name.
     """
     # In 16 bits, as many are kept on the Hub, most steps of training would be rounded away.
-    with _quiet():
+    with quiet():
         model, loaded = model_class.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )
@@ -63,7 +63,7 @@ def load_with_encoder(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' table of the weights that start new, a line for each: a script says it in a word."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -9,7 +9,7 @@ is no part of the model: it is neither trained nor saved, and no launcher prepar
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,20 @@ from torchvision.transforms.v2.functional import resize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from ..configuration_mae import MAEConfig, as_pair
+from ..loading import first_few
 from ..modeling_mae import MAEModel
 from ..patches import normalize_patches, patchify
-from .starting_weights import IMAGENET_MEAN, IMAGENET_STD
+from .starting_weights import IMAGENET_MEAN, IMAGENET_STD, quiet
 from .tasks import PretrainRecipe
 
 OURS = ("mae", "vit_mae")  # which AutoModel would load as a model that masks
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # whose forward takes it without being asked
 STRIDE = 32  # what convolutional networks want the sides of an image to be a multiple of
+# Which weights a checkpoint may lack: those behind the tokens of patches, random then; and the final norm of a
+# classifier that pools the mean, ones and zeros then.
+NOT_OF_PATCHES = ("pooler.", "layernorm.")
+BEFORE = "; before "  # between the teachers of an encoder, the last one first
+TOKENIZER = "tokenizer "  # of patches, and no teacher: it has seen no labels
 CODEBOOK = "centres"  # the tensor in the file of a tokenizer
 
 
@@ -72,9 +78,9 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.layers = name, layers
-        self.model = _load(name, revision)
+        self.model, unused = _load(name, revision)
         self.requires_grad_(False)
-        self.hash = _hash(self.model, name, expected)
+        self.hash = _hash(self.model, name, expected, unused)
         self.own_size, mean, std = _look(name, revision, self.model.config)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
@@ -215,7 +221,7 @@ class PatchTokenizer(nn.Module):
         self.register_buffer("centres", centres)
         self.hash = _hash(self, path, expected)
         self.size = len(centres)
-        self.description = f"{Path(path).name}@{self.hash}"
+        self.description = f"{TOKENIZER}{Path(path).name}@{self.hash}"
         self.path = path
 
     def lay_on(self, config: MAEConfig) -> None:
@@ -270,18 +276,26 @@ def teaching(
     return target_of
 
 
-def _load(name: str, revision: str | None) -> Any:
-    """The vision model of a name, in float32."""
+def _load(name: str, revision: str | None) -> tuple[Any, set[str]]:
+    """The vision model of a name, in float32; and the names of its weights that are random, but not of its patches."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         kind: Any = MAEModel if config.model_type in OURS else AutoModel
-        model = kind.from_pretrained(name, revision=revision, dtype=torch.float32)
+        with quiet():
+            model, loaded = kind.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r} is not a teacher that can be loaded: {error}") from error
-    model = getattr(model, "vision_model", model)  # of those that know texts, too
+    part = "vision_model." if hasattr(model, "vision_model") else ""  # of those that know texts, too
+    missing = {key.removeprefix(part) for key in loaded["missing_keys"] if key.startswith(part)}
+    if lacking := sorted(key for key in missing if not key.startswith(NOT_OF_PATCHES)):
+        raise ValueError(
+            f"{name!r} is not a teacher: its weights lack {first_few(lacking)}, which would be random. Is its "
+            f"config.json the one that was saved with the weights?"
+        )
+    model = getattr(model, "vision_model", model)
     if "pixel_values" not in _arguments(model):
         raise ValueError(f"{name!r} is a {type(model).__name__}, and a teacher must take pixel_values.")
-    return model.eval()
+    return model.eval(), missing
 
 
 def _arguments(model: Any) -> Any:
@@ -329,14 +343,16 @@ def _width(state: Tensor) -> int:
     return state.shape[-1] if state.ndim == 3 else state.shape[1]
 
 
-def _hash(model: nn.Module, name: str, expected: str | None) -> str:
-    """Sixteen digits that tell the weights of a name from others.
+def _hash(model: nn.Module, name: str, expected: str | None, without: Collection[str] = ()) -> str:
+    """Sixteen digits that tell the weights of a name from others; `without` are names of weights that do not count.
 
     Raises:
         ValueError: others are expected.
     """
     found = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
+        if key in without:
+            continue
         found.update(key.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     digits = found.hexdigest()[:16]

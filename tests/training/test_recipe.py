@@ -39,8 +39,8 @@ def recipe_class(name: str) -> type[Recipe]:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_recipes__parse_and_make_a_model(path: Path) -> None:
     recipe = parse_recipe(recipe_class(path.stem), ["--recipe", path.stem], path.parent)
-    of_tokenizer = {"target_size": 8192} if getattr(recipe, "tokenizer", None) else {}
-    assert recipe.config(**of_tokenizer).num_patches > 1
+    is_taught = getattr(recipe, "target", "pixel") in ("features", "tokens")
+    assert recipe.config(**({"target_size": 768} if is_taught else {})).num_patches > 1
     for word in ("Source", "Expect", "Time", "Command"):  # the card at the head of the file
         assert f"# {word}" in path.read_text(), word
     for key, value in yaml.safe_load(path.read_text()).items():

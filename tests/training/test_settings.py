@@ -93,7 +93,8 @@ def test_may_change__nothing_that_decides_what_a_step_computes() -> None:
     whole = {"max_skipped_steps", "gradient_checkpointing", "compile"}
     assert may_change(ProbeRecipe) == how_long_and_how | logs | hub
     assert may_change(FinetuneRecipe) == how_long_and_how | logs | hub | whole
-    assert may_change(PretrainRecipe) == may_change(FinetuneRecipe) | {"picture_every", "hub_push_every_checkpoint"}
+    afterwards = {"picture_every", "hub_push_every_checkpoint", "labelled_dataset", "labelled_split", "labelled_recipe"}
+    assert may_change(PretrainRecipe) == may_change(FinetuneRecipe) | afterwards
 
 
 def test_again__another_default_of_the_same_setting() -> None:

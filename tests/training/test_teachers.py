@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import run_pretrain
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from scripts import interrupt, losses, when_step
 from test_run_pretrain import photos, pretrain  # noqa: F401  # a fixture
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from mae_hf.patches import normalize_patches, patchify
+from mae_hf.training import frozen, probes
 from mae_hf.training.augment import image_processor
 from mae_hf.training.command_line import parse_recipe, read_recipe
 from mae_hf.training.tasks import PretrainRecipe
@@ -343,6 +346,25 @@ def test_run__keeps_whom_a_checkpoint_was_taught_by(photos: str, tmp_path: Path)
     card = (tmp_path / "pixels" / "README.md").read_text()
     assert "This is a distillation" in card
     assert "has seen no labels" not in card
+    name = write_tokenizer(tmp_path / "tokens.safetensors")
+    words = ["--model_name_or_path", str(tmp_path / "pixels"), "--target", "tokens", "--tokenizer", name]
+    pretrain(photos, tmp_path / "tokens", *words)
+    now = MAEForPreTraining.from_pretrained(tmp_path / "tokens").config.distilled_from
+    assert now == f"{PatchTokenizer(name).description}; before {teacher}"
+    card = (tmp_path / "tokens" / "README.md").read_text()
+    assert f"features of a frozen teacher, `{teacher}`" in " ".join(card.split())
+    assert "The tokens are those of `tokenizer tokens.safetensors@" in card
+
+
+def test_card__a_tokenizer_of_patches_has_seen_no_labels(photos: str, tmp_path: Path) -> None:  # noqa: F811
+    pretrain(photos, tmp_path / "tokens", *words_of("tokens", tmp_path))
+    card = (tmp_path / "tokens" / "README.md").read_text()
+    assert "has seen no labels" in card
+    assert "distillation" not in card
+    pretrain(photos, tmp_path / "pixels", "--model_name_or_path", str(tmp_path / "tokens"))
+    card = (tmp_path / "pixels" / "README.md").read_text()
+    assert "has seen no labels" in card
+    assert "distillation" not in card
 
 
 @pytest.mark.parametrize("what", ["teacher", "tokenizer"])
@@ -361,6 +383,35 @@ def test_hash__of_others_is_refused_by_name(tmp_path: Path) -> None:
     tokens = write_tokenizer(tmp_path / "tokens.safetensors")
     with pytest.raises(ValueError, match=f"^{tokens} has the weights"):
         PatchTokenizer(tokens, "0000")
+
+
+@pytest.mark.parametrize("kind", ["of transformers", "of ours"])
+def test_teacher__a_classifier_is_the_same_one_at_every_start(kind: str, tmp_path: Path) -> None:
+    """It has no pooler, which AutoModel draws anew, or no final norm: nothing of its patches."""
+    torch.manual_seed(0)
+    if kind == "of ours":
+        seeded(MAEForImageClassification, student()).save_pretrained(tmp_path)
+    else:
+        config = transformers.ViTConfig(**VIT, num_labels=3)
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    hashes = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        teacher = Teacher(str(tmp_path))
+        hashes.add(teacher.hash)
+    assert len(hashes) == 1
+    Teacher(str(tmp_path), expected=teacher.hash)
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "resnet"])
+def test_teacher__that_lacks_weights_is_refused(kind: str, tmp_path: Path) -> None:
+    name = save(tmp_path, kind)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if key.endswith("weight") and "1" in key and "layernorm" not in key)
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not a teacher: its weights lack \S+, which would be random"):
+        Teacher(name)
 
 
 def test_teacher__of_timm_with_channels_last(tmp_path: Path) -> None:
@@ -401,3 +452,82 @@ def test_run__computes_the_target_once_where_the_pixels_are_always_the_same(
     assert "computed once" not in capsys.readouterr().out
     for one, other in zip(kept, again, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_run__computes_the_target_in_each_step_where_memory_is_short(
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*words_of("features", tmp_path), "--crop_scale", "1", "1", "--horizontal_flip", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(probes.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+        pretrain(photos, tmp_path / "short", *words)
+    assert "target    computed in each step. The features of 10 images take" in capsys.readouterr().out
+
+    def fails(*arguments: Any) -> None:
+        raise ValueError("another fault")
+
+    monkeypatch.setattr(frozen, "check_features_fit", fails)
+    with pytest.raises(ValueError, match="another fault"):  # which no step would mend
+        pretrain(photos, tmp_path / "fault", *words)
+
+
+def test_run__of_a_stream_computes_the_target_in_each_step(
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*words_of("features", tmp_path), "--crop_scale", "1", "1", "--horizontal_flip", "false"]
+    records = pretrain(photos, tmp_path / "run", *words, "--streaming", "true", "--images_per_epoch", "10")
+    assert "computed once" not in capsys.readouterr().out
+    assert records[-1]["loss_of_mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target", "hog"], ["target    hog, by mse"]),
+        (["--mask_strategy", "unit", "--mask_unit", "2"], ["masks     unit of 2x2, 75% of the patches"]),
+        (["--mask_strategy", "block", "--mask_ratio", "0.4"], ["masks     block, 40% of the patches"]),
+        ([], []),
+    ],
+)
+def test_run__says_what_is_not_the_papers(
+    words: list[str],
+    said: list[str],
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretrain(photos, tmp_path / "run", *words)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("masks ", "target "))]
+    assert lines == said
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        ([], None),
+        (["--target_loss", "l1"], "target_loss"),
+        (["--mask_unit", "3"], "mask_unit"),
+        (["--target", "hog"], "target"),
+    ],
+)
+def test_run__of_before_a_setting_existed_goes_on_as_it_was(
+    words: list[str],
+    difference: str | None,
+    photos: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    whole = losses(pretrain(photos, tmp_path / "run"))
+    file = tmp_path / "run" / "recipe.yaml"
+    later = ("target", "target_loss", "teacher", "tokenizer", "mask_strategy", "mask_unit", "num_class_tokens")
+    recipe = {name: value for name, value in yaml.safe_load(file.read_text()).items() if not name.startswith(later)}
+    file.write_text(yaml.safe_dump(recipe))
+    if difference is None:
+        assert losses(pretrain(photos, tmp_path / "run")) == whole
+    else:
+        with pytest.raises(ValueError, match=rf"another recipe \({difference}: None there"):
+            pretrain(photos, tmp_path / "run", *words)
