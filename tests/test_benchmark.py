@@ -10,9 +10,9 @@ import benchmark
 import pytest
 import torch
 from sides import classifier, give_our_weights, inference, inputs, parse_side, prepare, pretraining_model, training_step
-from tiny import max_difference, scramble, tiny_config
+from tiny import max_difference, scramble, seeded, tiny_config
 
-from mae_hf import MAEConfig
+from mae_hf import MAEConfig, MAEModel
 
 CPU = torch.device("cpu")
 TINY = {
@@ -36,6 +36,13 @@ def numbers(found: object) -> list[float]:
     [
         ["step", "--sides", "ours", "transformers", "ours,dtype=bf16,attn=eager", "ours,checkpoint=true"],
         ["step", "--sides", "ours,mask_tokens_in_encoder=true"],
+        ["step", "--sides", "ours", "ours,target=hog", "ours,target=tokens,target_size=5"],
+        [
+            "step",
+            "--sides",
+            "ours,target=features,target_size=32",
+            "ours,target=features,target_size=32,teacher=teacher",
+        ],
         ["inference", "--sides", "ours", "ours,dtype=bfloat16"],
         ["asymmetric", "--sizes", "tiny"],
         ["growth", "--image_sizes", "32", "64", "--mask_ratios", "0.5", "--depths", "1", "--output", "growth.png"],
@@ -48,6 +55,7 @@ def test_measurement__ends_in_one_line_of_finite_numbers(
     words: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    seeded(MAEModel, tiny_config()).save_pretrained("teacher")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the process that runs the tests
     benchmark.main([*words, "--every", EVERY, "--batch", "2", "--rounds", "2", "--threads", "2"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

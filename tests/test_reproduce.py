@@ -10,17 +10,22 @@ from types import SimpleNamespace
 
 import baselines
 import numpy as np
+import plots
 import prepare_data
 import pytest
 import reproduce
 import run_pretrain
+import tables
 import tokenizer
 import torch
 import vit_mae
 from accelerate.state import AcceleratorState
+from jobs import ABLATIONS, JOBS, LABELS, SEEDS, TARGETS, TEACHER, Job
 from PIL import Image
-from reproduce import ABLATIONS, FOLDS, JOBS, LABELS, SEEDS, Job, chosen_jobs, collect, run_jobs
+from prepare_data import FOLDS
+from reproduce import chosen_jobs, run_jobs
 from safetensors.torch import load_file
+from tables import collect
 from tiny import max_difference, seeded, tiny_config
 from transformers import ViTMAEForPreTraining
 
@@ -150,7 +155,7 @@ def test_jobs__are_commands_that_parse(part: str) -> None:
     for job in jobs:
         script, *words = job.words
         assert (EXAMPLES / script).is_file()
-        if job.name in ("elpv/baselines", reproduce.TEACHER):
+        if job.name in ("elpv/baselines", TEACHER):
             continue  # takes no recipe
         first = next(index for index, word in enumerate(words) if word.startswith("--"))
         settings = words[first:]  # vit_mae.py, baselines.py and frozen_imagenet.py have a word before
@@ -387,10 +392,11 @@ def test_efficientnet_features__depend_on_the_image() -> None:
 def test_speed__of_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(reproduce, "ABLATIONS", {name: ABLATIONS[name] for name in ("ab_ratio90", "ab_masktokens")})
-    reproduce.measure_speed(tmp_path / "speed" / "results.json", rounds=2, steps=1)
+    monkeypatch.setattr(reproduce, "TARGETS", {name: TARGETS[name] for name in ("hog", "features")})
+    reproduce.measure_speed(tmp_path, tmp_path / "speed" / "results.json", rounds=2, steps=1)
     torch.set_num_threads(threads)
     speeds = json.loads((tmp_path / "speed" / "results.json").read_text())
-    assert set(speeds) == {"ab_ratio90", "ab_masktokens"}
+    assert set(speeds) == {"ab_ratio90", "ab_masktokens", "target_hog"}  # there is no teacher
     for speed in speeds.values():
         assert 0 < speed["lowest"] <= speed["median"] <= speed["highest"]
 
@@ -411,7 +417,7 @@ def fake_runs(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "results.json").write_text(json.dumps(results))
 
-    for job in chosen_jobs(["fashion_mnist", "ablations", "solar_cells"], None, DATA, RUNS):
+    for job in chosen_jobs(["fashion_mnist", "ablations", "targets", "solar_cells"], None, DATA, RUNS):
         kind, number = job.name.split("/")[1].split("_")[0], re.search(r"(?:_s|fold)(\d)$", job.name)
         tail = int(number[1]) if number else 0
         if kind == "probe":
@@ -424,12 +430,13 @@ def fake_runs(tmp_path: Path) -> Path:
             overlaps = {"miou": 0.1 + tail, "foreground_iou": 0.3 + tail, "background_iou": 0.9}
             write(job.name, {**overlaps, "ap50": 0.7 + tail, "ap": 0.2})
     write("elpv/baselines", {m: {"balanced_accuracy": [0.7] * FOLDS} for m in ("pixels", "efficientnet")})
-    write("fashion_mnist/speed", {n: {"median": 800.0, "lowest": 700.0, "highest": 900.0} for n in ABLATIONS})
+    rates = [*ABLATIONS, *(f"target_{name}" for name in TARGETS)]
+    write("fashion_mnist/speed", {n: {"median": 800.0, "lowest": 700.0, "highest": 900.0} for n in rates})
     return tmp_path
 
 
 def test_tables__show_every_result(fake_runs: Path) -> None:
-    text = reproduce.tables(collect(fake_runs))
+    text = tables.tables(collect(fake_runs))
     assert "–" not in text  # noqa: RUF001
     # 50, 51, 52: mean 51, standard deviation 1; 0, 10, ..., 40: mean 20, standard deviation 15.8.
     assert "| from scratch | 51.0 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
@@ -439,11 +446,14 @@ def test_tables__show_every_result(fake_runs: Path) -> None:
     assert "| MAE | 71.0 ± 1.0 | 71.0 ± 1.0 |" in text
     assert "| mask_tokens_in_encoder true | 60.0 | 40.0 | 800 |" in text
     assert "| decoder_type cross prediction_ratio 0.33 | 61.0 ± 1.0 | 40.0 ± 0.0 | 800 |" in text
-    assert len(re.findall(r" 800 \|\n", text)) == len(ABLATIONS) + 2  # and two numbers of labelled images
+    assert "| features | 61.0 ± 1.0 | 40.0 ± 0.0 | 51.0 ± 1.0 | 800 |" in text
+    assert (
+        len(re.findall(r" 800 \|\n", text)) == len(ABLATIONS) + len(TARGETS) + 2
+    )  # and two numbers of labelled images
 
 
 def test_tables__leave_out_what_is_not_there(tmp_path: Path) -> None:
-    text = reproduce.tables(collect(tmp_path))
+    text = tables.tables(collect(tmp_path))
     assert "| from scratch | – | – | – | – |" in text  # noqa: RUF001
     assert "fold 0" in text
 
@@ -451,8 +461,8 @@ def test_tables__leave_out_what_is_not_there(tmp_path: Path) -> None:
 def test_plots__readable_width(fake_runs: Path) -> None:
     pytest.importorskip("matplotlib", reason="what draws the plots")
     results = collect(fake_runs)
-    reproduce.plot_labels(results, fake_runs / "labels.png")
-    reproduce.plot_ablations(results, fake_runs / "ablations.png")
+    plots.plot_labels(results, fake_runs / "labels.png")
+    plots.plot_ablations(results, fake_runs / "ablations.png")
     for name in ("labels.png", "ablations.png"):
         with Image.open(fake_runs / name) as picture:
             assert picture.width == 900

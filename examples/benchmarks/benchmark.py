@@ -18,6 +18,7 @@ A side is ours, transformers or timm, and settings: any field of MAEConfig, and
     attn=eager        the attention implementation, if not the side's own default
     compile=true      torch.compile
     checkpoint=true   gradient checkpointing
+    teacher=NAME      of target=features and its target_size; it sees the images in each step; its FLOPs do not count
 
 --every has settings of all sides. A step is forward, backward and AdamW. Sides of one configuration get the same
 weights, images and noise, and the difference of their first results is printed. FLOPs are counted, not measured. "Of
@@ -57,6 +58,7 @@ from sides import (
     autocast,
     classifier,
     give_our_weights,
+    given_target,
     inference,
     inputs,
     parse_side,
@@ -114,10 +116,11 @@ def count_work(
         if isinstance(module, nn.Linear):
             module.register_forward_hook(note)
     with FlopCounterMode(display=False) as counter:
+        target = given_target(side, batch, images.device)
         if encoder_only:
             output = encode(model, images, noise).sum()
         elif trained:
-            output = model(images, noise=noise).loss
+            output = model(images, noise=noise, **({} if target is None else {"target": target})).loss
         else:
             model(images)
         if trained:

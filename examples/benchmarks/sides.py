@@ -13,6 +13,7 @@ from mae_hf import MAEConfig, MAEForImageClassification, MAEForPreTraining
 from mae_hf.configuration_mae import nearest
 from mae_hf.original_layout import original_weights
 from mae_hf.training.optim import parameter_groups
+from mae_hf.training.teachers import Teacher
 
 MAKERS = ("ours", "transformers", "timm")
 DTYPES = ("float32", "bf16", "bfloat16")
@@ -29,6 +30,7 @@ class Side:
     attn: str | None = None
     compile: bool = False
     checkpoint: bool = False
+    teacher: str | None = None
 
 
 def parse_side(label: str, every: str = "") -> Side:
@@ -40,7 +42,7 @@ def parse_side(label: str, every: str = "") -> Side:
     maker, *own = label.split(",")
     if maker not in MAKERS:
         raise ValueError(f"There is no side {maker!r}. {nearest(maker, list(MAKERS))}")
-    of_side = ("dtype", "attn", "compile", "checkpoint")
+    of_side = ("dtype", "attn", "compile", "checkpoint", "teacher")
     known = [*of_side, "size", "num_labels", *MAEConfig.__annotations__]
     settings: dict[str, Any] = {}
     for setting in filter(None, [*every.split(","), *own]):
@@ -120,6 +122,14 @@ def inputs(side: Side, batch: int, device: torch.device) -> tuple[Tensor, Tensor
     return images.to(device, torch.bfloat16 if side.dtype == "bfloat16" else torch.float32), noise.to(device)
 
 
+def given_target(side: Side, batch: int, device: torch.device) -> Tensor | None:
+    """What a model is compared with that does not compute its target itself: any features or tokens."""
+    shape = (batch, side.config.num_patches)
+    if side.config.target == "features":
+        return torch.zeros(*shape, side.config.target_size, device=device)
+    return torch.zeros(shape, dtype=torch.int64, device=device) if side.config.target == "tokens" else None
+
+
 def autocast(side: Side, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=side.dtype == "bf16")
 
@@ -131,10 +141,17 @@ def training_step(side: Side, model: nn.Module, batch: int, device: torch.device
     groups = parameter_groups(model, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, lr=1.5e-4, betas=(0.9, 0.95), fused=True)
     images, noise = inputs(side, batch, device)
+    target, teacher = given_target(side, batch, device), None
+    if side.teacher is not None:
+        teacher = Teacher(side.teacher).to(device)
+        teacher.lay_on(side.config)
+        shape = (batch, side.config.num_channels, *teacher.view)
+        pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).to(device, torch.uint8)
 
     def step() -> Tensor:
         with autocast(side, device):
-            loss = model(images, noise=noise).loss
+            of_teacher = target if teacher is None else teacher(pixels)
+            loss = model(images, noise=noise, **({} if of_teacher is None else {"target": of_teacher})).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
