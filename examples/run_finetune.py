@@ -36,7 +36,7 @@ from mae_hf.training.metrics import ClassificationMetrics, classification_metric
 from mae_hf.training.model_card import shareable_recipe, write_classifier_card
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
-from mae_hf.training.sources import ImageSource, open_labelled, seed_of
+from mae_hf.training.sources import ImageSource, class_weights, open_labelled, seed_of
 from mae_hf.training.starting_weights import as_asked, keeps_head, load_with_encoder, other_view, renew
 from mae_hf.training.tasks import FinetuneRecipe
 from mae_hf.training.transfer import TransferRun
@@ -123,7 +123,7 @@ def refuse_odd(recipe: FinetuneRecipe, micro_batch_size: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     # --- recipe, processes, images, model
     recipe = read_recipe(FinetuneRecipe, arguments, "quickstart_finetune")
-    run = TransferRun(recipe, "top1")
+    run = TransferRun(recipe, recipe.score_name)
     accelerator, say = run.accelerator, run.say
     with run.main_process_first():
         source, eval_source = open_labelled(recipe)
@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     # --- the optimizer; resume if the folder has a checkpoint
     run.plan(source)
     refuse_odd(recipe, run.schedule.micro_batch_size)
+    weights = class_weights(recipe, source)
     model = run.adapt(model, processor)
     about = {
         "images": source.summary,
@@ -166,6 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- the loop
     mixing = Mixing(recipe.mixup, recipe.cutmix, recipe.mixup_switch, recipe.label_smoothing, len(label_names))
+    # A weight multiplies the term of its class in the loss, and so its share of a target: the loss is linear in them.
+    of_targets = 1.0 if weights is None else weights.to(run.device)
     view = train_view(recipe, config.image_shape)
     steps = run.steps(LabelledImages(source, view, config.num_channels, recipe.seed, mixing))
     run.evaluate_if_due(run.first_step, measure)
@@ -176,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             torch.manual_seed(seed_of(recipe.seed, step, round_index, accelerator.process_index))  # drop path draws
             pixel_values, targets = mixing(pixel_values, labels, mix)
-            run.backward(model(pixel_values, labels=targets).loss)
+            run.backward(model(pixel_values, labels=targets * of_targets).loss)
         run.end_step(step)
         run.evaluate_if_due(step, measure)
         run.save_if_due(step)

@@ -27,7 +27,6 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mae_hf import MAEModel
 from mae_hf.layers import pool
@@ -48,11 +47,12 @@ from mae_hf.training.probes import (
     feature_batches,
     frozen_encoder,
     knn_accuracy,
+    loss_of_probe,
 )
 from mae_hf.training.run import closes_run_folder
 from mae_hf.training.samples import EvalImages, LabelledImages
 from mae_hf.training.sharding import check_whole
-from mae_hf.training.sources import ImageSource, hold_out, open_labelled
+from mae_hf.training.sources import ImageSource, class_weights, hold_out, open_labelled
 from mae_hf.training.starting_weights import load_with_encoder
 from mae_hf.training.tasks import ProbeRecipe
 
@@ -109,6 +109,11 @@ def banner(
     return about
 
 
+def scores(recipe: ProbeRecipe, metrics: list[ClassificationMetrics]) -> list[float]:
+    """What probes are compared by: top-1, or with weights of the classes balanced accuracy."""
+    return [getattr(of_probe, recipe.score_name) for of_probe in metrics]
+
+
 @dataclass(frozen=True)
 class Results:
     """What the probes and the neighbours are worth.
@@ -116,7 +121,7 @@ class Results:
     Args:
         recipe: of the run.
         metrics: of the probe of each learning rate, on the evaluation set.
-        selection: their top-1 on the training images that were held out to choose by; `None` where there is one probe.
+        selection: their score on the training images that were held out to choose by; `None` where there is one probe.
         knn: top-1 for each k.
         train_images: how many there are.
         features_seconds: that the encoder took for them, without crops.
@@ -138,7 +143,8 @@ class Results:
         """All numbers, for results.json."""
         names, best = [f"{base_lr:g}" for base_lr in self.recipe.all_base_lrs], self.metrics[self.chosen]
         return {
-            self.recipe.probe: dict(zip(names, [metrics.top1 for metrics in self.metrics], strict=True)),
+            "score": self.recipe.score_name,  # of the next two
+            self.recipe.probe: dict(zip(names, scores(self.recipe, self.metrics), strict=True)),
             "selection": None if self.selection is None else dict(zip(names, self.selection, strict=True)),
             "chosen_base_lr": self.recipe.all_base_lrs[self.chosen],
             **best.summary(),
@@ -151,10 +157,12 @@ class Results:
 
     def lines(self) -> Iterator[str]:
         """The numbers for a person."""
-        base_lrs = self.recipe.all_base_lrs
+        base_lrs, is_balanced = self.recipe.all_base_lrs, self.recipe.score_name == "balanced_accuracy"
+        by_class = ", each class counted alike" if is_balanced else ""
+        of_evaluation = scores(self.recipe, self.metrics)
         for position, base_lr in enumerate(base_lrs):
             chosen_by = "" if self.selection is None else f"{self.selection[position]:.2%} of the images to choose by, "
-            yield f"base lr {base_lr:<8g} {chosen_by}{self.metrics[position].top1:.2%} of the evaluation set"
+            yield f"base lr {base_lr:<8g} {chosen_by}{of_evaluation[position]:.2%} of the evaluation set{by_class}"
         chosen = base_lrs[self.chosen]
         if self.selection is not None and chosen in (min(base_lrs), max(base_lrs)):
             end, beyond = ("lowest", "lower") if chosen == min(base_lrs) else ("highest", "higher")
@@ -162,7 +170,8 @@ class Results:
         for k, top1 in self.knn.items():
             yield f"k-NN {k:<11} {top1:.2%}"
         best = self.metrics[self.chosen]
-        yield f"{self.recipe.probe} probe: {best.accuracy}  on {best.count:,} images, at base lr {chosen:g}."
+        balanced = f"  balanced {best.balanced_accuracy:.2%}" if is_balanced else ""
+        yield f"{self.recipe.probe} probe: {best.accuracy}{balanced}  on {best.count:,} images, at base lr {chosen:g}."
 
 
 @closes_run_folder()
@@ -182,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(recipe.seed)
     encoder = load_encoder(recipe).to(device)
     config = encoder.config
+    weights = class_weights(recipe, source)
+    weights = None if weights is None else weights.to(device)
     recipe = run.open(recipe, config, source, eval_source)
     is_linear = recipe.probe == "linear"
     kept = 1 if is_linear or recipe.augment else config.num_prefix_tokens + config.num_patches  # tokens of an image
@@ -243,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if len(gathered) < rounds:
                     continue
                 seen, targets = (accelerator.gather(torch.cat(tensors)) for tensors in zip(*gathered, strict=True))
-            of_probes = torch.stack([F.cross_entropy(logits, targets) for logits in probes(seen)])  # (S,)
+            of_probes = torch.stack([loss_of_probe(logits, targets, weights) for logits in probes(seen)])  # (S,)
             accelerator.backward(of_probes.sum() / parts)  # the probes share nothing, so each gets its own gradient
             run.add_loss(of_probes, parts)
         optimizer.step()
@@ -270,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         metrics = [classification_metrics(of_probe, targets) for of_probe in logits.unbind(1)]
         return metrics, seen[:, : config.hidden_size], targets
 
-    of_selection = None if selection is None else [metrics.top1 for metrics in evaluate(selection)[0]]
+    of_selection = None if selection is None else scores(recipe, evaluate(selection)[0])
     metrics, *to_classify = evaluate(eval_source)
     started = time.perf_counter()
     if recipe.augment:

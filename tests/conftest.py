@@ -99,6 +99,23 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Handwritten digits, ten times as many threes as eights to train on; in val/ there are as many of both."""
+    from mae_hf.training.scenes import load_digits  # not above: it imports huggingface_hub
+
+    pytest.importorskip("sklearn", reason="the digits are inside scikit-learn")
+    folder = tmp_path_factory.mktemp("unequal")
+    pixels, labels = load_digits()
+    for digit, name, count in ((3, "three", 120), (8, "eight", 12)):
+        images = [Image.fromarray((255 / 16 * grey).astype(np.uint8)) for grey in pixels[labels == digit]]
+        for split, chosen in (("train", images[:count]), ("val", images[120:170])):
+            (folder / split / name).mkdir(parents=True)
+            for index, image in enumerate(chosen):
+                image.save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny masked autoencoder with random weights, and the image processor that it was trained with."""
     import torch  # not above, nor the next two: they import huggingface_hub

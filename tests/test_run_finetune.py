@@ -169,6 +169,24 @@ def test_labels_per_class__trains_on_so_many(
     assert "a local folder of images, 6 images" in capsys.readouterr().out
 
 
+def test_class_weights__raise_the_balanced_accuracy_whatever_a_batch_is_divided_into(
+    unequal: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--eval_fraction", "none", "--eval_split", "val", "--mixup", "0", "--cutmix", "0", "--rand_augment", "0"]
+    words += ["--random_erasing", "0", "--crop_scale", "0.8", "1", "--horizontal_flip", "false", "--layer_decay", "1"]
+    words += ["--drop_path_rate", "0", "--total_batch_size", "44", "--epochs", "12", "--base_lr", "0.01"]
+    words += ["--eval_every", "100"]
+    finetune(unequal, checkpoint, tmp_path / "none", *words)
+    whole = finetune(unequal, checkpoint, tmp_path / "balanced", *words, "--class_weights", "balanced")
+    said = capsys.readouterr().out
+    without, balanced = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("none", "balanced"))
+    assert balanced["balanced_accuracy"] > without["balanced_accuracy"] + 0.1
+    assert f"balanced_accuracy {balanced['balanced_accuracy']:.2%}, is in {tmp_path / 'balanced' / 'best'}" in said
+    parts = ["--class_weights", "balanced", "--per_device_batch_size", "11", "--epochs", "2"]
+    divided = finetune(unequal, checkpoint, tmp_path / "parts", *words, *parts)
+    assert losses(divided)[0] == pytest.approx(losses(whole)[0], abs=1e-5)
+
+
 def test_eval_only__on_some_of_the_classes(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
     def evaluated(folder: Path, run: str) -> dict:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -67,7 +67,7 @@ def test_run__says_and_leaves_what_the_probe_is_worth(
     assert "at each of 160 epochs it would be 2,880 images" in said
     assert f"linear probe: top-1 {left['top1']:.2%}  on 6 images" in said  # of three classes, no top-5
     assert left["linear"] == {"100": left["top1"]}
-    assert (left["chosen_base_lr"], left["selection"]) == (100, None)
+    assert (left["chosen_base_lr"], left["selection"], left["score"]) == (100, None, "top1")
     assert (left["train_images"], left["eval_images"]) == (18, 6)
     assert left["per_class"].keys() == {"cat", "dog", "eel"}
     assert left["knn"].keys() == {"1", "3"}  # there are no 20 neighbours
@@ -99,8 +99,12 @@ def test_cached_features__train_as_images_that_are_encoded_each_time(
     assert left[0]["knn"] == left[1]["knn"] == left[2]["knn"]  # never of random crops
 
 
+@pytest.mark.parametrize("weights", ["none", "balanced"])
 @pytest.mark.parametrize("kind", [[], ATTENTIVE], ids=["linear", "attentive"])
-def test_accumulation__same_losses_as_one_batch(kind: list[str], pets: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_accumulation__same_losses_as_one_batch(
+    kind: list[str], weights: str, pets: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    kind = [*kind, "--class_weights", weights]
     whole = probe(pets, checkpoint, tmp_path / "whole", *kind)
     parts = probe(pets, checkpoint, tmp_path / "parts", *kind, "--per_device_batch_size", "2")
     assert np.abs(np.subtract(losses(whole), losses(parts))).max() < 1e-4
@@ -108,6 +112,7 @@ def test_accumulation__same_losses_as_one_batch(kind: list[str], pets: Path, che
 
 def test_two_processes__same_losses_and_results_as_one(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--base_lrs", "10", "100", "--per_device_batch_size", "2", "--selection_fraction", "0.2")
+    arguments += ("--class_weights", "balanced")
     one = probe(pets, checkpoint, tmp_path / "one", *arguments)
     script = [SCRIPT, *words(pets, checkpoint, tmp_path / "two", *arguments)]
     done = launch("torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script)
@@ -123,7 +128,7 @@ def test_two_processes__same_losses_and_results_as_one(pets: Path, checkpoint: P
 
 
 def test_two_processes__same_losses_of_an_attentive_probe(pets: Path, checkpoint: Path, tmp_path: Path) -> None:
-    arguments = (*ATTENTIVE, *CACHED, "--per_device_batch_size", "2")
+    arguments = (*ATTENTIVE, *CACHED, "--per_device_batch_size", "2", "--class_weights", "balanced")
     one = probe(pets, checkpoint, tmp_path / "one", *arguments)
     script = [SCRIPT, *words(pets, checkpoint, tmp_path / "two", *arguments)]
     done = launch("torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script)
@@ -192,6 +197,24 @@ def test_attentive_probe__learns_what_the_tokens_hold(pets: Path, checkpoint: Pa
     assert left["attentive"] == {"0.3": left["top1"]}
     assert left["top1"] == 1.0
     assert "query" in load_file(tmp_path / "run" / "probe.safetensors")
+
+
+def test_class_weights__raise_the_balanced_accuracy_and_choose_by_it(
+    unequal: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--eval_fraction", "none", "--eval_split", "val", "--pooling", "mean", *CACHED, "--epochs", "60"]
+    words += ["--total_batch_size", "44", "--log_every", "100", "--base_lrs", "1e-6", "10"]
+    for weights in ("none", "balanced"):
+        probe(unequal, checkpoint, tmp_path / weights, *words, "--class_weights", weights)
+    without, balanced = results(tmp_path / "none"), results(tmp_path / "balanced")
+    assert without["chosen_base_lr"] == balanced["chosen_base_lr"] == 10
+    assert balanced["balanced_accuracy"] > without["balanced_accuracy"] + 0.1
+    assert balanced["per_class"]["eight"] > without["per_class"]["eight"] + 0.2
+    assert f"balanced {balanced['balanced_accuracy']:.2%}  on 100 images" in capsys.readouterr().out
+    # The probe that has not moved takes both for the same; they are chosen by twelve threes and one eight.
+    assert (without["score"], balanced["score"]) == ("top1", "balanced_accuracy")
+    assert without["selection"]["1e-06"] == pytest.approx(8 / 13)
+    assert balanced["selection"]["1e-06"] == pytest.approx((8 / 12 + 0 / 1) / 2)
 
 
 def test_stream__is_probed_as_the_files_are(pets: Path, checkpoint: Path, tmp_path: Path) -> None:

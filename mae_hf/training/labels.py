@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from torch import Tensor
 
 from .decode import printable
 
@@ -98,6 +99,32 @@ def find_classes(loaded: Any, column: str, dataset: str, num_labels: int | None)
     values.sort()
     names = [str(int(value)) if isinstance(value, float) else str(value) for value in values]
     return Classes(names, {value: number for number, value in enumerate(values)})
+
+
+def balanced_weights(labels: Tensor, names: Sequence[str]) -> Tensor:
+    """The weight of each class in a loss by which all count alike: M / (K * its images), scikit-learn's "balanced".
+
+    Their mean over the M images is one. So a weighted loss is divided by the number of its images, and not by the sum
+    of their weights: then it is on the average as large as without weights, which keeps the learning rate what it is,
+    and the mean over parts of a batch is that of the whole batch.
+
+    Args:
+        labels: (M,) int64, of all images that are trained on.
+        names: of the K classes.
+
+    Returns:
+        (K,) float32.
+
+    Raises:
+        ValueError: a class has no image.
+    """
+    counts = labels.bincount(minlength=len(names))
+    if absent := [name for name, count in zip(names, counts.tolist(), strict=True) if not count]:
+        raise ValueError(
+            f"Classes without a training image have no weight ({first_names(absent)}): leave class_weights out, or "
+            f"take these classes out of the data set."
+        )
+    return (len(labels) / (len(names) * counts.double())).float()
 
 
 def _is_no_class(value: Any) -> bool:

@@ -24,12 +24,15 @@ from torch.nn import functional as F
 from ..modeling_mae import MAEModel
 from .augment import Normalize, eval_transform
 from .evaluate import apply_to_images, evaluation_batches
+from .labels import balanced_weights
 from .metrics import classification_metrics
 from .optim import LARS, lr_at
 from .order import Schedule
 from .samples import EvalImages, LabelledImages
+from .settings import Range
 from .sources import image_order, open_source
 from .starting_weights import checkpoint_normalisation
+from .tasks import CLASS_WEIGHTS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
@@ -305,6 +308,20 @@ def feature_batches(
             yield {name: rows.pin_memory() for name, rows in batch.items()} if is_pinned else batch
 
 
+def loss_of_probe(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, the mean over the images of a batch.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) int64.
+        class_weights: (K,), of `balanced_weights`. The sum is divided by B, and not by the sum of the weights, as
+            `F.cross_entropy` would: so the mean over equal parts of a batch is the loss of the whole batch.
+    """
+    if class_weights is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, class_weights, reduction="sum") / len(labels)
+
+
 def linear_probe(
     features: Tensor,
     labels: Tensor,
@@ -313,6 +330,7 @@ def linear_probe(
     lr: float = 6.4,
     warmup_epochs: float = 10.0,
     seed: int = 0,
+    class_weights: str = "none",
 ) -> LinearProbe:
     """Train a linear probe on features (Table 10's recipe, at a batch for a notebook).
 
@@ -327,19 +345,26 @@ def linear_probe(
         lr: peak learning rate, by default the paper's effective one. LARS steps in proportion to the weights, which
             makes it a good value at other batches, too, if there are some hundred steps.
         seed: of the initial weights and of the order.
+        class_weights: of the loss, "none", or "balanced" by the labels, see `balanced_weights`.
 
     Returns:
         The probe, in evaluation mode: (M, D) -> logits (M, K).
+
+    Raises:
+        ValueError: `class_weights` is neither, or is "balanced", and a number below K is no image's label.
     """
+    Range(CLASS_WEIGHTS).refuse("class_weights", class_weights)
+    names = [str(number) for number in range(1 + int(labels.max()))]
+    weights = None if class_weights == "none" else balanced_weights(labels, names).to(features.device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        probe = LinearProbe(features.shape[1], 1 + int(labels.max())).to(features.device)
+        probe = LinearProbe(features.shape[1], len(names)).to(features.device)
     optimizer = LARS(probe.parameters(), lr=0.0)
     schedule = Schedule(batch_size, batch_size, 1, 1, len(labels), epochs)
     warmup_steps = round(warmup_epochs * schedule.steps_per_epoch)
     for step, batch in enumerate(feature_batches(features, labels, schedule, 0, 0, seed)):
         optimizer.param_groups[0]["lr"] = lr_at(step, schedule.total_steps, warmup_steps, lr)
         optimizer.zero_grad()
-        F.cross_entropy(probe(batch["features"]), batch["label"]).backward()
+        loss_of_probe(probe(batch["features"]), batch["label"], weights).backward()
         optimizer.step()
     return probe.eval()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..configuration_mae import nearest
 from .decode import printable
 from .folders import Found, choose_split, is_pattern, names_hash, open_files, open_folder, split_kind
-from .labels import Classes, find_classes
+from .labels import Classes, balanced_weights, find_classes
 from .overlap import shared_images
 from .paths import absence, is_absent_path
 from .scenes import SPLITS_OF_SCENES, as_png, digit_scenes, load_digits
@@ -386,6 +386,23 @@ def open_labelled(recipe: LabelledRecipe) -> tuple[ImageSource, ImageSource]:
     if recipe.labels_per_class is not None:
         train = few_labels(train, recipe.labels_per_class, recipe.seed)
     return train, eval_source
+
+
+def class_weights(recipe: LabelledRecipe, source: ImageSource) -> Tensor | None:
+    """What a recipe multiplies the loss of each class by, (K,) float32; `None` where it is left as it is.
+
+    Args:
+        recipe: says whether.
+        source: all images that are trained on, and no others.
+
+    Raises:
+        ValueError: see `balanced_weights`.
+    """
+    if recipe.class_weights == "none":
+        return None
+    assert source.classes is not None
+    labels = torch.from_numpy(source.classes.numbers_of(source.images))
+    return balanced_weights(labels[labels >= 0], source.label_names)
 
 
 def numbered_like(train: ImageSource, eval_source: ImageSource) -> ImageSource:

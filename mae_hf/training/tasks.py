@@ -14,6 +14,8 @@ TARGETS = ("pixel", "hog", "features", "tokens")
 TARGET_LOSSES = ("mse", "l1", "smooth_l1", "cosine", "cross_entropy")
 MASK_STRATEGIES = ("random", "unit", "block", "grid")
 
+CLASS_WEIGHTS = ("none", "balanced")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(WholeModel, Cropped):
@@ -250,15 +252,32 @@ class LabelledRecipe(EvaluatedRecipe, Cropped):
         "what stands for the image: mean of the patch tokens, or cls, the class token",
         choices=("mean", "cls"),
     )
+    class_weights: str = setting(
+        "none",
+        OPTIMISATION,
+        "of the loss: none, or balanced, by which each class counts as much as any other, however few its images; the "
+        "best model is then the one of the best balanced accuracy",
+        choices=CLASS_WEIGHTS,
+    )
     paper_warmup: ClassVar[tuple[int, int]] = (5, 100)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming and self.class_weights != "none":
+            raise ValueError(
+                "A stream doesn't say how many images a class has (class_weights): leave streaming or class_weights "
+                "out."
+            )
         if self.streaming and (self.eval_fraction is not None or self.labels_per_class is not None):
             raise ValueError(
                 "A stream cannot be divided by class (eval_fraction, labels_per_class): leave streaming out, or name "
                 "an eval_split."
             )
+
+    @property
+    def score_name(self) -> str:
+        """What models are compared by, one of the numbers of `ClassificationMetrics`."""
+        return "top1" if self.class_weights == "none" else "balanced_accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)

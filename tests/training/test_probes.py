@@ -12,6 +12,7 @@ from mae_hf import MAEForPreTraining, MAEModel
 from mae_hf.layers import pool
 from mae_hf.training import probes
 from mae_hf.training.augment import Normalize, eval_transform
+from mae_hf.training.labels import balanced_weights
 from mae_hf.training.metrics import classification_metrics
 from mae_hf.training.order import Schedule
 from mae_hf.training.probes import (
@@ -24,6 +25,7 @@ from mae_hf.training.probes import (
     knn_accuracy,
     knn_logits,
     linear_probe,
+    loss_of_probe,
 )
 from mae_hf.training.samples import LabelledImages, batches
 from mae_hf.training.sources import ImageSource, open_source, select
@@ -118,6 +120,34 @@ def test_linear_probe__is_perfect_on_separable_data_and_a_function_of_the_seed()
     again, other = (linear_probe(features, labels, batch_size=64, seed=seed) for seed in (0, 1))
     assert torch.equal(again.linear.weight, probe.linear.weight)
     assert not torch.equal(other.linear.weight, probe.linear.weight)
+
+
+def test_linear_probe__recognises_rare_classes_by_weights() -> None:
+    features, labels = clusters(300, num_labels=2, spread=12.0)
+    chosen = torch.cat([(labels == 0).nonzero()[:, 0], (labels == 1).nonzero()[:15, 0]])  # ten to one
+    test_features, test_labels = clusters(200, num_labels=2, spread=12.0, seed=1)
+    found = []
+    for more in ({}, {"class_weights": "none"}, {"class_weights": "balanced"}):
+        probe = linear_probe(features[chosen], labels[chosen], batch_size=64, **more)
+        found.append(classification_metrics(probe(test_features), test_labels))
+    assert found[0].loss == found[1].loss
+    assert found[2].balanced_accuracy > found[0].balanced_accuracy + 0.1
+    with pytest.raises(ValueError, match=r"class_weights cannot be 'balance'\. Did you mean 'balanced'"):
+        linear_probe(features, labels, class_weights="balance")
+    with pytest.raises(ValueError, match=r"Classes without a training image have no weight \(1: 1\)"):
+        linear_probe(features, 2 * labels, class_weights="balanced")
+
+
+def test_loss_of_probe__is_the_mean_of_its_parts_whatever_the_weights() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(12, 3), torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2])
+    weights = balanced_weights(labels, ["a", "b", "c"])
+    assert weights[labels].mean().item() == pytest.approx(1)
+    by_hand = [weights[label].item() * -logits[i].log_softmax(0)[label].item() for i, label in enumerate(labels)]
+    assert loss_of_probe(logits, labels, weights).item() == pytest.approx(sum(by_hand) / 12)
+    parts = zip(logits.split(3), labels.split(3), strict=True)
+    assert sum(loss_of_probe(*part, weights).item() for part in parts) / 4 == pytest.approx(sum(by_hand) / 12)
+    assert torch.equal(loss_of_probe(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
 
 
 def test_linear_probe_module__is_batchnorm_without_affine_and_a_small_linear() -> None:

@@ -110,6 +110,8 @@ def test_labelled_recipe__refuses_with_a_sentence() -> None:
         (["--eval_dataset", "other", "--eval_fraction", "0.1"], "leave eval_dataset or it out"),
         (["--eval_fraction", "1.5"], "eval_fraction must be above 0 and below 1, but is 1.5"),
         (["--eval_fraction", "0.1", "--streaming", "true"], "A stream cannot be divided by class"),
+        (["--eval_split", "a", "--streaming", "true", "--class_weights", "balanced"], "doesn't say how many images a"),
+        (["--eval_split", "test", "--class_weights", "Balanced"], "Did you mean 'balanced'"),
         (["--eval_split", "test", "--layer_decay", "0"], "layer_decay must be above 0"),
         (["--eval_split", "test", "--eval_only", "true"], "eval_only needs a model"),
     ):

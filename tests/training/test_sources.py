@@ -23,7 +23,7 @@ from training.test_samples import encoded, pixels, upload_tables, which, write_f
 
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.labels import Classes
-from mae_hf.training.sources import ImageSource, few_labels, hold_out, open_labelled, open_source
+from mae_hf.training.sources import ImageSource, class_weights, few_labels, hold_out, open_labelled, open_source
 from mae_hf.training.tasks import FinetuneRecipe, ProbeRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -468,6 +468,36 @@ def test_dataset_of_a_typo__by_main(tmp_path: Path) -> None:
     write_folder(tmp_path / "photos", ["a.png"])
     with pytest.raises(ValueError, match=r"Did you mean .*/photos\?"):
         run_pretrain.main(["--dataset", str(tmp_path / "photso"), "--output_dir", str(tmp_path / "run")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_class_weights__are_scikit_learns_of_the_images_that_are_trained_on(tmp_path: Path) -> None:
+    of_sklearn = pytest.importorskip("sklearn.utils.class_weight", reason="compared with scikit-learn")
+    labels = [0] * 40 + [1] * 9 + [2] * 3 + [-1] * 5  # the last have no label
+    images = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * len(labels), "label": labels})
+    source = ImageSource("unequal", images, len(labels), Classes(CLASSES))
+    kept, _ = hold_out(source, 0.3, seed=0)
+    balanced = recipe("digits", "--eval_split", "test", "--class_weights", "balanced")
+    for part in (source, kept):
+        counted = [label for label in part.images["label"] if label >= 0]
+        expected = of_sklearn.compute_class_weight("balanced", classes=np.arange(3), y=counted)
+        assert class_weights(balanced, part).tolist() == pytest.approx(expected.tolist())
+    assert class_weights(recipe("digits", "--eval_split", "test"), source) is None
+    class_folders(tmp_path, count=4)
+    (tmp_path / "eel" / "0.png").unlink()
+    few, _ = open_labelled(recipe(tmp_path, "--eval_fraction", "0.25", "--labels_per_class", "2"))
+    assert class_weights(balanced, few).tolist() == [1, 1, 1]
+
+
+def test_class_weights__of_a_class_without_images_are_refused() -> None:
+    images = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * 3, "label": [0, 0, 1]})
+    source = ImageSource("unequal", images, 3, Classes(CLASSES))
+    with pytest.raises(ValueError, match=r"Classes without a training image have no weight \(1: eel\): leave class_w"):
+        class_weights(recipe("digits", "--eval_split", "test", "--class_weights", "balanced"), source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
