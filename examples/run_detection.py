@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     def write(metrics: Any, path: Path) -> None:
         report(metrics, label_names, path, say)
         of_data = (source.name, eval_source.name, run.folder.history())
-        write_detector_card(path, recipe, *of_data, run.parameters, metrics, label_names)
+        write_detector_card(path, recipe, *of_data, run.parameters, metrics, label_names, config.distilled_from)
 
     run.export(measure, write, "Detection, trained")
 

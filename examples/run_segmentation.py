@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     def write(metrics: Any, path: Path) -> None:
         report(metrics, classes, path, say)
         of_data = (source.name, eval_source.name, run.folder.history())
-        write_segmenter_card(path, recipe, *of_data, run.parameters, metrics, classes.names)
+        write_segmenter_card(path, recipe, *of_data, run.parameters, metrics, classes.names, config.distilled_from)
 
     run.export(measure, write, "Segmentation, trained")
 

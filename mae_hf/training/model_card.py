@@ -32,6 +32,11 @@ MASKS = {
     "grid": ", all but one of each square of {unit} x {unit}",
 }
 PREDICTED = {"pixel": "pixels", "hog": "histograms of oriented gradients", "features": "features", "tokens": "tokens"}
+# What a card says of an encoder that was taught, whatever it was trained for later.
+DISTILLATION = """\
+**This is a distillation.** Before it was trained for this task, the encoder has learned what a frozen teacher or
+tokenizer makes of images: {}. The images and labels that this was trained with, and its licence, may be in this model,
+too."""
 
 
 def hub_dataset(recipe: Recipe, source_name: str) -> str | None:
@@ -162,6 +167,7 @@ def write_classifier_card(
     num_parameters: int,
     metrics: ClassificationMetrics,
     label_names: list[str],
+    distilled_from: str | None = None,
 ) -> None:
     """Fill in the template finetune.md, its metrics as a model-index for the Hub, and write it as README.md.
 
@@ -171,6 +177,7 @@ def write_classifier_card(
         num_parameters: of the whole model.
         metrics: of the model in the folder, on the evaluation set.
         label_names: of the classes.
+        distilled_from: of the configuration.
     """
     shares = zip(metrics.per_class, label_names, strict=True)
     values = [
@@ -186,6 +193,7 @@ def write_classifier_card(
         history,
         num_parameters,
         ("image-classification", "finetune.md", values),
+        distilled_from,
         num_labels=len(label_names),
         count=f"{metrics.count:,}",
         metrics={key: f"{value:.4f}" for key, value in metrics.summary().items()},
@@ -204,6 +212,7 @@ def write_segmenter_card(
     num_parameters: int,
     metrics: SegmentationMetrics,
     label_names: list[str],
+    distilled_from: str | None = None,
 ) -> None:
     """Fill in the template segmentation.md, see `write_classifier_card`."""
     values = [
@@ -220,6 +229,7 @@ def write_segmenter_card(
         history,
         num_parameters,
         ("image-segmentation", "segmentation.md", values),
+        distilled_from,
         num_labels=len(label_names),
         count=f"{metrics.count:,}",
         metrics={name: f"{value:.4f}" for _, name, value in values},
@@ -240,6 +250,7 @@ def write_detector_card(
     num_parameters: int,
     metrics: DetectionMetrics,
     label_names: list[str],
+    distilled_from: str | None = None,
 ) -> None:
     """Fill in the template detection.md, see `write_classifier_card`."""
     titles = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium"}
@@ -263,6 +274,7 @@ def write_detector_card(
         history,
         num_parameters,
         ("object-detection", "detection.md", values),
+        distilled_from,
         num_labels=len(label_names),
         count=f"{metrics.count:,}",
         num_objects=f"{metrics.objects:,}",
@@ -281,6 +293,7 @@ def _write_evaluated_card(
     history: list[dict[str, Any]],
     num_parameters: int,
     task: tuple[str, str, list[tuple[str, str, float]]],
+    distilled_from: str | None,
     **of_task: Any,
 ) -> None:
     """The card of a model that has an evaluation set.
@@ -288,6 +301,7 @@ def _write_evaluated_card(
     Args:
         folder, recipe, source_name, eval_name, history, num_parameters: see `write_classifier_card`.
         task: its name on the Hub, the template, and type, name and value of each measure.
+        distilled_from: see `write_classifier_card`.
         **of_task: what else the template asks for.
     """
     pipeline_tag, template, values = task
@@ -326,6 +340,7 @@ def _write_evaluated_card(
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
         start="a masked autoencoder" if recipe.model_name_or_path else None,
+        distillation=None if distilled_from is None else DISTILLATION.format(_cell(distilled_from)),
         image_mode=PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)],
         recipe=shareable_recipe(recipe, source_name, eval_name),
         epochs=_epochs(recipe, history),

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import run_detection
 import run_finetune
 import run_pretrain
+import run_segmentation
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from test_faults import SMALL, SMALL_ENCODER
 
@@ -99,6 +102,41 @@ def test_card__its_code_runs_where_the_run_was_started(
     assert ("path/to/elsewhere" in code) == (run == "../elsewhere"), "its folder is nobody's business"
     shutil.copy(pets / "cat" / "0.png", "image.jpg")
     exec(code.replace("path/to", ".."), {})
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("script", "images", "words"),
+    [
+        (run_finetune, "pets", []),
+        (run_segmentation, "fields", ["--segmentation_channels", "16"]),
+        (run_detection, "boxes", ["--pyramid_channels", "16", "--box_head_channels", "32"]),
+    ],
+    ids=["classifier", "segmenter", "detector"],
+)
+def test_card__names_whom_the_encoder_was_taught_by(
+    script: ModuleType,
+    images: str,
+    words: list[str],
+    checkpoint: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    if script is run_detection:
+        pytest.importorskip("faster_coco_eval", reason="pip install faster-coco-eval")
+    words = [*words, "--eval_fraction", "0.3", "--image_size", "32", "--total_batch_size", "4", "--num_workers", "0"]
+    taught = shutil.copytree(checkpoint, tmp_path / "taught")
+    config = MAEConfig.from_pretrained(checkpoint)
+    config.distilled_from = "some/teacher@0123, layers 3; before <b>"
+    config.save_pretrained(taught)
+    for start, is_taught in ((taught, True), (checkpoint, False)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = ["--dataset", str(request.getfixturevalue(images)), "--output_dir", str(tmp_path / f"{is_taught}")]
+        script.main([*run, "--model_name_or_path", str(start), *words, "--epochs", "1", "--warmup_epochs", "0"])
+        written = (tmp_path / f"{is_taught}" / "README.md").read_text()
+        assert ("**This is a distillation.**" in written) == is_taught
+        assert ("some/teacher@0123, layers 3; before &lt;b&gt;. The images and labels" in written) == is_taught
+        assert "\n\n\n" not in written
 
 
 def test_card__a_run_that_has_learned_has_no_doubts(tmp_path: Path) -> None:
