@@ -29,6 +29,7 @@ from fsdp_steps import steps
 from safetensors.torch import load_file
 from scripts import launch, losses, metrics
 from tiny import tiny_config
+from transformers import ViTConfig, ViTForImageClassification
 
 from mae_hf import MAEForImageClassification, MAEForPreTraining
 from mae_hf.training import loop
@@ -59,6 +60,26 @@ from transformers import AutoModelForPreTraining
 model = AutoModelForPreTraining.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__name__ == "MAEForPreTraining" and type(model).__module__.startswith("transformers_modules")
 assert model(torch.zeros(1, 3, 16, 16)).loss.isfinite()
+"""
+
+LOADS_AS_THE_SECOND = """
+import os, sys
+import torch
+from torch import distributed
+from mae_hf import MAEConfig, MAEForImageClassification
+from mae_hf.training.starting_weights import load_with_encoder
+from mae_hf.training.teachers import Teacher
+
+checkpoint, teacher, classes = sys.argv[1:]
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+told = dict(os.environ)
+config = MAEConfig.from_pretrained(checkpoint, num_labels=int(classes))
+student, new = load_with_encoder(MAEForImageClassification, checkpoint, config)
+assert "classifier.weight" in new, new
+for model in (student, Teacher(teacher)):
+    assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta or not tensor.isfinite().all()]
+assert 0 < student.classifier.weight.std() < 1e-4
+assert dict(os.environ) == told
 """
 
 
@@ -168,6 +189,15 @@ def test_fsdp_config__wraps_the_blocks_of_both_models() -> None:
     for model, blocks in ((MAEForPreTraining(tiny_config()), 5), (MAEForImageClassification(tiny_config()), 3)):
         assert sum(type(module).__name__ in wrapped for module in model.modules()) == blocks
         assert set(wrapped) <= set(model._no_split_modules)
+
+
+def test_fsdp_that_loads_in_one_process__leaves_no_weight_out_in_another(checkpoint: Path, tmp_path: Path) -> None:
+    """A head that is new, and the pooler that a classifier of transformers lacks as a teacher."""
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    told = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": "1"}
+    done = _start(["-c", LOADS_AS_THE_SECOND, str(checkpoint), str(tmp_path), "3"], told)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fully_shard__same_losses_and_a_plain_model(tmp_path: Path) -> None:

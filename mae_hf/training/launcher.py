@@ -20,6 +20,7 @@ TOLD = (
 )
 ON_CPU = "ACCELERATE_USE_CPU"
 PREPARING = timedelta(days=30)  # as good as without a limit
+LOADED_BY_ONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # the variable for fsdp_cpu_ram_efficient_loading of Accelerate
 LAUNCHERS = {
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
     *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
@@ -85,6 +86,22 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.is_main_process:
         distributed.barrier(group)  # type: ignore[arg-type]
     distributed.destroy_process_group(group)
+
+
+@contextmanager
+def every_weight_here() -> Iterator[None]:
+    """Load a model in this process as in the first, whatever Accelerate's fsdp_cpu_ram_efficient_loading says.
+
+    By that, transformers leaves weights that a checkpoint lacks on the meta device in all processes of a machine but
+    the first, and trusts Accelerate to send them. But no launcher prepares a teacher; and of a student Accelerate
+    would take such weights for one another, because they all have the same address, 0.
+    """
+    told = os.environ.pop(LOADED_BY_ONE, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            os.environ[LOADED_BY_ONE] = told
 
 
 def best_precision() -> str | None:

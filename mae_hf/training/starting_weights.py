@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..configuration_mae import MAEConfig
 from ..loading import ENCODER_PART, first_few, part_of
+from .launcher import every_weight_here
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -40,7 +41,7 @@ def load_with_encoder(
             is of another shape; with its name.
     """
     # In 16 bits, as many are kept on the Hub, most steps of training would be rounded away.
-    with quiet():
+    with quiet(), every_weight_here():
         model, loaded = model_class.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )

@@ -26,6 +26,7 @@ from ..configuration_mae import MAEConfig, as_pair
 from ..loading import first_few
 from ..modeling_mae import MAEModel
 from ..patches import normalize_patches, patchify
+from .launcher import every_weight_here
 from .starting_weights import IMAGENET_MEAN, IMAGENET_STD, quiet
 from .tasks import PretrainRecipe
 
@@ -281,7 +282,7 @@ def _load(name: str, revision: str | None) -> tuple[Any, set[str]]:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         kind: Any = MAEModel if config.model_type in OURS else AutoModel
-        with quiet():
+        with quiet(), every_weight_here():
             model, loaded = kind.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r} is not a teacher that can be loaded: {error}") from error
