@@ -143,9 +143,7 @@ def write_pretraining_card(
         target=PREDICTED[recipe.target],
         teachers=BEFORE.join(teacher for teacher in taught_by if not teacher.startswith(TOKENIZER)),
         tokenizer=taught_by[0],
-        gain={
-            TITLES[name]: {measure: f"{100 * of[measure]:.1f}" for measure in of} for name, of in (gain or {}).items()
-        },
+        gain={TITLES[name]: [f"{100 * value:.1f}" for value in of.values()] for name, of in (gain or {}).items()},
         labelled_source=printable(Path(recipe.labelled_dataset or "").name),
         decoder_type=recipe.decoder_type,
         predicted_percent=round(100 * recipe.prediction_ratio),
