@@ -317,7 +317,7 @@ def test_pixels__separable_classes_are_separated(grey: str, tmp_path: Path) -> N
 
 
 def test_tokenizer__patches_of_a_kind_have_a_token_of_their_own(
-    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn", reason="k-means is scikit-learn's")
     words = ["--dataset", grey, "--image_size", "16", "--patch_size", "4", "--num_channels", "1", "--center_crop", "1"]
@@ -329,6 +329,12 @@ def test_tokenizer__patches_of_a_kind_have_a_token_of_their_own(
     of_tokens = ["--target", "tokens", "--tokenizer", str(path), "--output_dir", str(tmp_path / "run")]
     run_pretrain.main([*small_pretraining(grey), *of_tokens])
     assert MAEForPreTraining.from_pretrained(tmp_path / "run").config.target_size == 9
+    with pytest.raises(ValueError, match="leave streaming out"):
+        tokenizer.main([*words, "--streaming", "true", "--output_dir", str(tmp_path / "tokens")])
+    monkeypatch.setattr(tokenizer, "MOST_PATCHES", 160)  # of ten images
+    tokenizer.main(["--vocabulary", "9", "--images", "50", *words, "--output_dir", str(tmp_path / "few")])
+    assert "9 tokens of 10 images" in capsys.readouterr().out
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="There are 800 patches for 801 tokens"):
         tokenizer.main(["--vocabulary", "801", "--images", "50", *words, "--output_dir", str(tmp_path / "tokens")])
 

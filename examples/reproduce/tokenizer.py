@@ -30,17 +30,21 @@ from mae_hf.training.tasks import PretrainRecipe
 from mae_hf.training.teachers import CODEBOOK, PatchTokenizer
 
 AT_ONCE = 256  # images
+MOST_PATCHES = 500_000  # which are 1.5 GB of 16x16 pixels in colour
 
 
 def some_images(recipe: PretrainRecipe, count: int) -> Tensor:
-    """(M, C, H, W) uint8 of at most so many images of the recipe's, drawn by its seed.
+    """(M, C, H, W) uint8 of at most so many images of the recipe's, and `MOST_PATCHES`, drawn by its seed.
 
     Raises:
         ValueError: the images are a stream.
     """
+    if recipe.streaming:
+        raise ValueError("A stream has no images to draw from: leave streaming out.")
     source = open_source(recipe.dataset, recipe.split, recipe.image_column, config=recipe.dataset_config)
     config = recipe.config()
     images = PretrainingImages(source, eval_transform(config.image_shape, recipe.center_crop), config, recipe.seed)
+    count = min(count, max(1, MOST_PATCHES // config.num_patches))
     keys = [SampleKey(0, int(index)) for index in image_order(len(source.images), recipe.seed, epoch=0)[:count]]
     batches = [images.__getitems__(keys[first : first + AT_ONCE]) for first in range(0, len(keys), AT_ONCE)]
     return torch.stack([sample["pixel_values"] for batch in batches for sample in batch])

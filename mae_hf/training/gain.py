@@ -40,7 +40,8 @@ def judging_runs(recipe: PretrainRecipe, path: Path) -> dict[str, tuple[str, lis
     shared += ["--num_workers", str(recipe.num_workers)]
     if recipe.image_size is not None:
         shared += ["--image_size", *map(str, recipe.image_size)]
-    for name in ("image_column", "mixed_precision", "attn_implementation"):
+    of_same_images = ("image_column", "dataset_config") if recipe.labelled_dataset == recipe.dataset else ()
+    for name in (*of_same_images, "mixed_precision", "attn_implementation"):
         if (value := getattr(recipe, name)) is not None:
             shared += [f"--{name}", value]
     probe = ["--augment", "false", "--pooling", "mean", "--base_lrs", *LEARNING_RATES]

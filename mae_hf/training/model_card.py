@@ -34,9 +34,8 @@ MASKS = {
 PREDICTED = {"pixel": "pixels", "hog": "histograms of oriented gradients", "features": "features", "tokens": "tokens"}
 # What a card says of an encoder that was taught, whatever it was trained for later.
 DISTILLATION = """\
-**This is a distillation.** Before it was trained for this task, the encoder has learned what a frozen teacher or
-tokenizer makes of images: {}. The images and labels that this was trained with, and its licence, may be in this model,
-too."""
+**This is a distillation.** Before it was trained for this task, the encoder has learned features of a frozen teacher,
+{}: the images and labels that the teacher was trained with, and its licence, are in this model, too."""
 
 
 def hub_dataset(recipe: Recipe, source_name: str) -> str | None:
@@ -69,6 +68,12 @@ def shareable_recipe(recipe: Recipe, source_name: str, eval_name: str | None = N
     hidden += [name for name, place in places.items() if place and (Path(place).exists() or is_absent_path(place))]
     hidden += ["tokenizer"] if getattr(recipe, "tokenizer", None) is not None else []
     return as_yaml(recipe, without=hidden)
+
+
+def teachers_of(distilled_from: str | None) -> str:
+    """Those of a configuration that may have seen labels, the last one first, or "": a tokenizer of patches has not."""
+    taught_by = (distilled_from or "").split(BEFORE)
+    return BEFORE.join(name for name in taught_by if not name.startswith(TOKENIZER))
 
 
 def loadable_name(recipe: Recipe) -> str:
@@ -119,7 +124,6 @@ def write_pretraining_card(
         gain: on labelled images, see `gain.judge`.
     """
     dataset, base_model = hub_dataset(recipe, source_name), hub_base_model(recipe)
-    taught_by = (distilled_from or "").split(BEFORE)
     data = ModelCardData(
         license=recipe.license,
         library_name="transformers",
@@ -141,10 +145,10 @@ def write_pretraining_card(
         mask_percent=round(100 * recipe.mask_ratio),
         masks=MASKS[recipe.mask_strategy].format(unit=recipe.mask_unit),
         target=PREDICTED[recipe.target],
-        teachers=BEFORE.join(teacher for teacher in taught_by if not teacher.startswith(TOKENIZER)),
-        tokenizer=taught_by[0],
+        teachers=teachers_of(distilled_from),
+        tokenizer=(distilled_from or "").split(BEFORE)[0],
         gain={TITLES[name]: [f"{100 * value:.1f}" for value in of.values()] for name, of in (gain or {}).items()},
-        labelled_source=printable(Path(recipe.labelled_dataset or "").name),
+        labelled_source=_without_folders(recipe.labelled_dataset or ""),
         decoder_type=recipe.decoder_type,
         predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",
@@ -338,7 +342,7 @@ def _write_evaluated_card(
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else source_name,
         base_model=base_model,
         start="a masked autoencoder" if recipe.model_name_or_path else None,
-        distillation=None if distilled_from is None else DISTILLATION.format(_cell(distilled_from)),
+        distillation=DISTILLATION.format(_cell(teachers)) if (teachers := teachers_of(distilled_from)) else "",
         image_mode=PIL_MODES[len(recipe.image_mean or IMAGENET_MEAN)],
         recipe=shareable_recipe(recipe, source_name, eval_name),
         epochs=_epochs(recipe, history),
@@ -356,6 +360,11 @@ def _best_and_worst(shares: Iterable[tuple[float | None, str]]) -> list[tuple[st
     ranked = sorted(((share, label) for share, label in shares if share is not None), key=lambda row: -row[0])
     shown = ranked if len(ranked) <= 2 * CURVE_ROWS else [*ranked[:CURVE_ROWS], *ranked[-CURVE_ROWS:]]
     return [(_cell(label), f"{share:.1%}") for share, label in shown]
+
+
+def _without_folders(dataset: str) -> str:
+    """A name on the Hub as it is, and of a path of this machine the last name."""
+    return printable(Path(dataset).name if Path(dataset).exists() else dataset)
 
 
 def _cell(text: str) -> str:

@@ -34,6 +34,8 @@ from .sources import image_order, open_source
 from .starting_weights import checkpoint_normalisation
 from .tasks import CLASS_WEIGHTS
 
+FLOAT_BYTES = 4
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,9 +92,6 @@ def extract_features(
     state = PartialState()
     batches = evaluation_batches(images, batch_size, state.process_index, state.num_processes, num_workers)
     return apply_to_images(encode, heeded(batches), max_skipped_images)
-
-
-FLOAT_BYTES = 4
 
 
 class FeaturesDoNotFitError(ValueError):

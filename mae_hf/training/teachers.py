@@ -33,9 +33,9 @@ from .tasks import PretrainRecipe
 OURS = ("mae", "vit_mae")  # which AutoModel would load as a model that masks
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # whose forward takes it without being asked
 STRIDE = 32  # what convolutional networks want the sides of an image to be a multiple of
-# Which weights a checkpoint may lack: those behind the tokens of patches, random then; and the final norm of a
-# classifier that pools the mean, ones and zeros then.
-NOT_OF_PATCHES = ("pooler.", "layernorm.")
+# Which weights a checkpoint may lack: those behind the tokens of patches or for hidden ones, random then; and the final
+# norm of a classifier that pools the mean, ones and zeros then.
+NOT_OF_PATCHES = ("pooler.", "embeddings.mask_token", "layernorm.")
 BEFORE = "; before "  # between the teachers of an encoder, the last one first
 TOKENIZER = "tokenizer "  # of patches, and no teacher: it has seen no labels
 CODEBOOK = "centres"  # the tensor in the file of a tokenizer
@@ -283,11 +283,13 @@ def _load(name: str, revision: str | None) -> tuple[Any, set[str]]:
         config = AutoConfig.from_pretrained(name, revision=revision)
         kind: Any = MAEModel if config.model_type in OURS else AutoModel
         with quiet(), every_weight_here():
-            model, loaded = kind.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+            how = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, loaded = kind.from_pretrained(name, revision=revision, **how)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r} is not a teacher that can be loaded: {error}") from error
     part = "vision_model." if hasattr(model, "vision_model") else ""  # of those that know texts, too
-    missing = {key.removeprefix(part) for key in loaded["missing_keys"] if key.startswith(part)}
+    new = loaded["missing_keys"] | {key for key, *_ in loaded["mismatched_keys"]}  # and those of another shape
+    missing = {key.removeprefix(part) for key in new if key.startswith(part)}
     if lacking := sorted(key for key in missing if not key.startswith(NOT_OF_PATCHES)):
         raise ValueError(
             f"{name!r} is not a teacher: its weights lack {first_few(lacking)}, which would be random. Is its "

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from mae_hf.training import gain
 from mae_hf.training.augment import image_processor
 from mae_hf.training.command_line import parse_recipe
 from mae_hf.training.faults import STOPPED, Stopped
-from mae_hf.training.gain import MEASURES, TITLES, check_judging, judge
+from mae_hf.training.gain import MEASURES, TITLES, check_judging, judge, judging_runs
 from mae_hf.training.launcher import without_launcher
 from mae_hf.training.tasks import PretrainRecipe
 
-FINE_TUNING = "epochs: 2\neval_fraction: 0.2\ntotal_batch_size: 256\nbase_lr: 1.0e-3\nmixup: 0\ncutmix: 0\n"
+FINE_TUNING = (
+    "epochs: 10\neval_fraction: 0.2\ntotal_batch_size: 64\nbase_lr: 2.0e-2\nmixup: 0\ncutmix: 0\nrand_augment: 0\n"
+)
 # On the digits, with a tenth of the steps of the quickstart.
 WORDS = [
     *("--dataset", "digits", "--labelled_dataset", "digits", "--image_size", "16", "--crop_scale", "0.8", "1"),
@@ -54,7 +57,7 @@ def test_run__reports_three_numbers_and_goes_on_where_it_was_cut_off(words: list
     found = json.loads((tmp_path / "run" / "labelled.json").read_text())
     assert found.keys() == TITLES.keys()
     for name, of in found.items():
-        assert all(0.1 < of[measure] < 1 for measure in MEASURES)
+        assert all(0.2 < of[measure] < 1 for measure in MEASURES), name  # chance is 0.1
         assert f"{TITLES[name]} {of['top1']:.2%}" in first.stdout
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"| fine-tuned | {100 * found['fine_tuned']['top1']:.1f} |" in card
@@ -68,6 +71,13 @@ def test_run__reports_three_numbers_and_goes_on_where_it_was_cut_off(words: list
     assert json.loads((tmp_path / "run" / "labelled.json").read_text()) == found
     assert (tmp_path / "run" / "labelled" / "fine_tuned" / "checkpoints").stat().st_mtime_ns == written
     assert (tmp_path / "run" / "README.md").read_text() == card
+
+
+def test_judging__columns_are_those_of_the_same_images_only(words: list[str], tmp_path: Path) -> None:
+    recipe = parse_recipe(PretrainRecipe, [*words, "--image_column", "image"])
+    assert all("--image_column" in settings for _, settings in judging_runs(recipe, tmp_path).values())
+    of_others = replace(recipe, labelled_dataset="a/b")
+    assert not any("--image_column" in settings for _, settings in judging_runs(of_others, tmp_path).values())
 
 
 def test_recipe__needs_something_to_compare_with() -> None:

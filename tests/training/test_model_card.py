@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 from test_faults import SMALL, SMALL_ENCODER
 
 from mae_hf import MAEConfig, MAEForPreTraining
-from mae_hf.training.model_card import loss_table, shareable_recipe, write_pretraining_card
+from mae_hf.training.gain import TITLES
+from mae_hf.training.model_card import loss_table, shareable_recipe, teachers_of, write_pretraining_card
 from mae_hf.training.tasks import FinetuneRecipe, PretrainRecipe
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -33,6 +34,22 @@ def resolved(**fields: object) -> PretrainRecipe:
 def card(folder: Path, source_name: str, history: list[dict] = HISTORY, **fields: object) -> ModelCard:
     write_pretraining_card(folder, resolved(**fields), source_name, history, 12_345_678)
     return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize("place", ["user/labelled", "folder"])
+def test_gain__is_a_table_of_the_card(place: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    dataset = str(tmp_path / "folder") if place == "folder" else place
+    recipe = resolved(labelled_dataset=dataset, model_name_or_path="a/b")
+    gain = {name: {"top1": 0.5 + i / 10, "balanced_accuracy": 0.25} for i, name in enumerate(TITLES)}
+    write_pretraining_card(tmp_path, recipe, "images", HISTORY, 12_345_678, None, gain)
+    text = (tmp_path / "README.md").read_text()
+    assert "| frozen before | 50.0 | 25.0 |\n| frozen after | 60.0 | 25.0 |\n| fine-tuned | 70.0 | 25.0 |\n" in text
+    assert f"On labelled images, {place}, in per cent" in text
+    for written in (text, str(card(tmp_path, "images"))):
+        assert "\n\n\n" not in written.split("```")[2]
+        assert "\n\n## Training\n\n" in written
+    assert "What it has brought" not in written
 
 
 def test_metadata__of_a_run_on_the_hub(tmp_path: Path) -> None:
@@ -135,8 +152,11 @@ def test_card__names_whom_the_encoder_was_taught_by(
         script.main([*run, "--model_name_or_path", str(start), *words, "--epochs", "1", "--warmup_epochs", "0"])
         written = (tmp_path / f"{is_taught}" / "README.md").read_text()
         assert ("**This is a distillation.**" in written) == is_taught
-        assert ("some/teacher@0123, layers 3; before &lt;b&gt;. The images and labels" in written) == is_taught
+        assert ("some/teacher@0123, layers 3; before &lt;b&gt;: the images and labels" in written) == is_taught
         assert "\n\n\n" not in written
+
+    assert not teachers_of("tokenizer tokens.safetensors@0123")
+    assert teachers_of("tokenizer a@0; before b@1; before c@2") == "b@1; before c@2"
 
 
 def test_card__a_run_that_has_learned_has_no_doubts(tmp_path: Path) -> None:

@@ -414,6 +414,23 @@ def test_teacher__that_lacks_weights_is_refused(kind: str, tmp_path: Path) -> No
         Teacher(name)
 
 
+def test_teacher__with_weights_of_another_shape_is_refused(tmp_path: Path) -> None:
+    name = save(tmp_path, "vit")
+    weights = load_file(tmp_path / "model.safetensors")
+    cut = next(key for key in weights if "layer" in key and key.endswith("weight"))
+    save_file({**weights, cut: weights[cut][:-1].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not a teacher: its weights lack \S+, which would be random"):
+        Teacher(name)
+
+
+def test_teacher__may_lack_what_stands_for_hidden_patches(tmp_path: Path) -> None:
+    name = save(tmp_path, "dinov2")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["embeddings.mask_token"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert Teacher(name).hash == Teacher(name).hash
+
+
 def test_teacher__of_timm_with_channels_last(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="a teacher of timm needs timm")
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=8, num_heads=(2, 2))
