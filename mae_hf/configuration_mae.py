@@ -153,6 +153,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             a part of the hidden patches be predicted.
         prediction_ratio: share of the hidden patches that a `"cross"` decoder predicts in training, CrossMAE's 1/3 for
             instance; in evaluation it predicts all of them.
+        fused_layers: hidden states of the encoder, ascending, 0 for the embeddings, that are fused with the last one
+            for the decoder, by learned weights (MFF, arXiv 2308.00261; `layers.MAELayerFusion`), so that the last layer
+            need not keep the detail of pixels. `None`: the last one alone, as in the paper.
         window_size: patches on a side of the windows within which most blocks attend in an image that is larger than
             one, ViTDet's 14 for instance (arXiv 2203.16527). 0 is plain attention.
         num_global_blocks: with windows, how many blocks attend to the whole image: the last of each of as many equal
@@ -218,6 +221,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     mask_tokens_in_encoder: bool = False
     decoder_type: str = "self"
     prediction_ratio: float | int = 1.0
+    fused_layers: list[int] | None = None
     window_size: int = 0
     num_global_blocks: int = 4
     pyramid: str = "simple"
@@ -456,6 +460,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 "prediction_ratio below 1 needs decoder_type='cross': mask tokens that attend to one another are all "
                 "needed."
             )
+        if self.fused_layers is not None:
+            self._check_fused_layers(self.fused_layers)
         if not _is_number(self.window_size, int) or not 0 <= self.window_size <= LARGEST_SIDE:
             raise ValueError(f"window_size must be a number of patches, or 0 for none, but is {self.window_size!r}.")
         if not _is_number(blocks := self.num_global_blocks, int) or blocks < 0:
@@ -513,6 +519,17 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.distilled_from is not None and not isinstance(self.distilled_from, str):
             raise ValueError(f"distilled_from must be a text, but is {self.distilled_from!r}.")
+
+    def _check_fused_layers(self, layers: list[int]) -> None:
+        depth = self.num_hidden_layers
+        is_list = isinstance(layers, list) and len(layers) > 0
+        if not is_list or not all(_is_number(layer, int) and 0 <= layer < depth for layer in layers):
+            raise ValueError(
+                f"fused_layers must be a list of hidden states from 0, the embeddings, to {depth - 1}, but is "
+                f"{layers!r}: the last, {depth}, is always there, and None is for it alone."
+            )
+        if layers != sorted(set(layers)):
+            raise ValueError(f"fused_layers must be in ascending order, and each once, but is {layers}.")
 
     def num_visible_patches(self, num_patches: int, mask_ratio: float | None = None) -> int:
         """V, how many of `num_patches` patches stay visible: N * (1 - ratio), rounded down as in the original.

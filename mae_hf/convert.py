@@ -274,18 +274,19 @@ def save_checkpoint(model: MAEPreTrainedModel, destination: str | Path, to: str)
         with _writing(Path(destination)):
             model.save_pretrained(destination, state_dict=with_values(model))
         return [f"Written: {type(model).__name__} in {destination}, {TARGETS[to]}."]
-    if model.config.num_class_tokens > 1:
-        raise ValueError(f"This model has {model.config.num_class_tokens} class tokens: {to} has a place for one.")
+    config = model.config
+    if config.num_class_tokens > 1:
+        raise ValueError(f"This model has {config.num_class_tokens} class tokens: {to} has a place for one.")
     has_decoder = to in ("vit_mae", "original") and isinstance(model, MAEForPreTraining)
-    if has_decoder and (model.config.decoder_type == "cross" or model.config.mask_tokens_in_encoder):
+    if has_decoder and (config.decoder_type == "cross" or config.mask_tokens_in_encoder or config.fused_layers):
         raise ValueError(
-            f"This model has decoder_type {model.config.decoder_type!r} and mask_tokens_in_encoder "
-            f"{model.config.mask_tokens_in_encoder}: {to} has only the paper's decoder, which cannot run such weights. "
-            f"Convert the encoder --to vit or timm."
+            f"This model has decoder_type {config.decoder_type!r}, fused_layers {config.fused_layers} and "
+            f"mask_tokens_in_encoder {config.mask_tokens_in_encoder}: {to} has only the paper's decoder, which cannot "
+            f"run such weights. Convert the encoder --to vit or timm."
         )
-    if has_decoder and model.config.target != "pixel":
+    if has_decoder and config.target != "pixel":
         raise ValueError(
-            f"This model predicts {model.config.target!r}: the decoder of {to} predicts pixels. Convert the encoder "
+            f"This model predicts {config.target!r}: the decoder of {to} predicts pixels. Convert the encoder "
             f"--to vit or timm."
         )
     if to in ("vit_mae", "vit"):

@@ -172,6 +172,29 @@ class MAELayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
+class MAELayerFusion(nn.Module):
+    """Tokens of several encoder layers as one, (B, T, width) of each -> (B, T, width): MFF (arXiv 2308.00261).
+
+    As in the paper, each of `config.fused_layers` goes through a linear projection of its own, the last layer as it is,
+    and their sum is weighted by the softmax of learned weights. These begin at 0: equal shares prefer no layer, and
+    every projection learns from the first step. The encoder's final norm comes after the sum, and outside pre-training
+    after the last layer. Unlike the paper, which layers are fused is not decided here, and the decoder may be either.
+    """
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.layers: list[int] = config.fused_layers or []
+        self.projections = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in self.layers)
+        self.layer_weights = nn.Parameter(torch.zeros(len(self.layers) + 1))  # before the softmax; the last is last
+
+    def forward(self, shallow: list[Tensor], last: Tensor) -> Tensor:
+        *shares, share_of_last = self.layer_weights.softmax(dim=0)
+        fused = share_of_last * last
+        for share, projection, tokens in zip(shares, self.projections, shallow, strict=True):
+            fused = fused + share * projection(tokens)
+        return fused
+
+
 class DecoderLayers(nn.Module):
     """The weights of a decoder, of the paper's and of CrossMAE's: into its width, positions, blocks, out to pixels."""
 
@@ -179,6 +202,8 @@ class DecoderLayers(nn.Module):
         super().__init__()
         self.config = config
         width = config.decoder_hidden_size
+        # The encoder calls it, before its final norm, but whoever leaves the decoder behind leaves this, too.
+        self.fusion = MAELayerFusion(config) if config.fused_layers else None
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         # An encoder that sees mask tokens has a latent for every patch, and leaves nothing to fill in here.
         needs_mask_token = not config.mask_tokens_in_encoder

@@ -27,7 +27,7 @@ from .inputs import (
     returns_attentions,
     windows_of,
 )
-from .layers import DecoderLayers, MAELayer, pool
+from .layers import DecoderLayers, MAELayer, MAELayerFusion, pool
 from .loading import PARTS_OF_MAPS, PARTS_OF_PRETRAINING, CheckpointModel
 from .masking import replace_hidden, restore, take
 from .patches import patchify, resize_position_table, sincos_position_table
@@ -186,6 +186,8 @@ class MAEPreTrainedModel(CheckpointModel):
                 init.normal_(module.mask_token, std=self.config.initializer_range)
             table = self._position_table(self.config.decoder_hidden_size)
             init.copy_(module.decoder_pos_embed, table)
+        elif isinstance(module, MAELayerFusion):
+            init.zeros_(module.layer_weights)
         elif isinstance(module, MAEForPreTraining) and module.encoder_mask_token is not None:
             init.normal_(module.encoder_mask_token, std=self.config.initializer_range)
 
@@ -264,8 +266,12 @@ class MAEModel(MAEPreTrainedModel):
         mask_token: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        fusion: MAELayerFusion | None = None,
     ) -> BaseModelOutputWithPooling:
-        """`forward` for images that are patches (B, N, PQC) already, of a grid (rows, columns)."""
+        """`forward` for images that are patches (B, N, PQC) already, of a grid (rows, columns).
+
+        With a `fusion`, the final norm and all that follows it see several layers as one, in place of the last.
+        """
         check_ids_keep(ids_keep, patches.shape[0])
         windows, global_blocks = windows_of(self.config, grid_shape, ids_keep), self.config.global_blocks
         with_attentions = returns_attentions(output_attentions, self.config)
@@ -275,13 +281,16 @@ class MAEModel(MAEPreTrainedModel):
         wanted = chosen_states(output_hidden_states, self.config)
         hidden_states: tuple[Tensor | None, ...] = (tokens if 0 in wanted else None,)
         attentions: tuple[Tensor, ...] = ()
+        to_fuse = [] if fusion is None else fusion.layers
+        shallow = [tokens] if 0 in to_fuse else []
         for i, layer in enumerate(self.layers, 1):
             tokens, weights = layer(tokens, windows=None if i in global_blocks else windows)
             hidden_states += (tokens if i in wanted else None,)
+            shallow += [tokens] if i in to_fuse else []
             if with_attentions:
                 attentions += (weights,)
 
-        tokens = self.layernorm(tokens)
+        tokens = self.layernorm(tokens if fusion is None else fusion(shallow, tokens))
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=pool(tokens, self.config.pooling, self.config.num_prefix_tokens),
@@ -346,7 +355,13 @@ class MAEForPreTraining(ReconstructionMixin, MAEPreTrainedModel):
             pixel_values, grid_shape, self.config, noise, bool_masked_pos, mask_ratio, generator
         )
         encoded = self.vit.encode(
-            patches, grid_shape, ids_keep, self.encoder_mask_token, output_hidden_states, output_attentions
+            patches,
+            grid_shape,
+            ids_keep,
+            self.encoder_mask_token,
+            output_hidden_states,
+            output_attentions,
+            self.decoder.fusion,
         )
         ids_predicted = self.decoder.ids_predicted(ids_restore, ids_keep.shape[1], is_random=bool_masked_pos is None)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, ids_predicted, grid_shape)

@@ -122,6 +122,13 @@ def test_num_channels__any(channels: int) -> None:
         ({"decoder_type": "cross", "prediction_ratio": "all"}, "prediction_ratio must be above 0 and at most 1"),
         ({"prediction_ratio": 0.5}, "prediction_ratio below 1 needs decoder_type='cross'"),
         ({"decoder_type": "cross", "mask_tokens_in_encoder": True}, "has mask tokens of its own"),
+        ({"fused_layers": [3]}, r"fused_layers must be .* from 0, the embeddings, to 2, but is \[3\]: the last, 3"),
+        ({"fused_layers": [-1, 1]}, r"fused_layers must be a list of hidden states from 0, .* but is \[-1, 1\]"),
+        ({"fused_layers": []}, r"fused_layers must be a list of hidden states .* but is \[\].* None is for it alone"),
+        ({"fused_layers": 1}, "fused_layers must be a list of hidden states .* but is 1"),
+        ({"fused_layers": [True]}, r"fused_layers must be a list of hidden states .* but is \[True\]"),
+        ({"fused_layers": [2, 1]}, r"fused_layers must be in ascending order, and each once, but is \[2, 1\]"),
+        ({"fused_layers": [1, 1]}, r"fused_layers must be in ascending order, and each once, but is \[1, 1\]"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'cls', but is 'max'"),
         ({"initializer_range": -0.02}, "initializer_range must be at least 0 and finite, but is -0.02"),
         ({"layer_norm_eps": -1e-6}, "layer_norm_eps must be at least 0 and finite"),
@@ -247,6 +254,7 @@ def test_round_trip__every_field(tmp_path) -> None:
         "norm_pix_loss": False,
         "decoder_type": "cross",
         "prediction_ratio": 0.25,
+        "fused_layers": [0, 2],
     }
     config = tiny_config(**fields)
     config.save_pretrained(tmp_path)

@@ -714,6 +714,8 @@ def test_the_pooler_of_vit_is_left_out_and_said_to_be(tmp_path):
         ("encoder", {"qkv_bias": False}, "original", "The original has biases on query, key and value"),
         ("pretraining", {"decoder_type": "cross"}, "vit_mae", "'cross'.* vit_mae has only the paper's decoder"),
         ("pretraining", {"mask_tokens_in_encoder": True}, "original", "in_encoder True: original has only the paper's"),
+        ("pretraining", {"fused_layers": [1]}, "vit_mae", r"fused_layers \[1\].* vit_mae has only the paper's decoder"),
+        ("pretraining", {"fused_layers": [1]}, "original", r"fused_layers \[1\].* original has only the paper's"),
         ("encoder", {}, "flax", "There is no target 'flax'"),
     ],
 )

@@ -690,6 +690,7 @@ def test_return_dict_false__gives_tuples(model_class: type) -> None:
         (MAEForPreTraining, {}, {"noise": NOISE}),
         (MAEForPreTraining, {"mask_tokens_in_encoder": True}, {}),
         (MAEForPreTraining, {"decoder_type": "cross", "prediction_ratio": 0.5}, {}),
+        (MAEForPreTraining, {"fused_layers": [0, 2]}, {}),
     ],
 )
 @pytest.mark.parametrize("interpolate", [False, True])

@@ -71,7 +71,7 @@ def block(
 
 
 def encode(patches: np.ndarray, visible: list[int], positions: np.ndarray, weights: Weights, config: MAEConfig):
-    """Class token, then the visible patches with their positions, through the blocks of the encoder."""
+    """Class token, then the visible patches with their positions, and what each block of the encoder makes of them."""
     kernel = weights["vit.embeddings.patch_embeddings.projection.weight"]  # (D, C, P, Q)
     weights = weights | {"patch.weight": np.array([cut_into_patches(k, config.patch_shape)[0] for k in kernel])}
     weights["patch.bias"] = weights["vit.embeddings.patch_embeddings.projection.bias"]
@@ -79,10 +79,21 @@ def encode(patches: np.ndarray, visible: list[int], positions: np.ndarray, weigh
     tokens = [weights["vit.embeddings.cls_token"][0, 0] + positions[0]]
     for patch in visible:
         tokens.append(linear(patches[patch], weights, "patch") + positions[1 + patch])
-    tokens = np.array(tokens)
+    states = [np.array(tokens)]
     for i in range(config.num_hidden_layers):
-        tokens = block(tokens, weights, f"vit.layers.{i}", config.num_attention_heads, config.layer_norm_eps)
-    return tokens
+        states.append(block(states[-1], weights, f"vit.layers.{i}", config.num_attention_heads, config.layer_norm_eps))
+    return states
+
+
+def fuse(states: list[np.ndarray], weights: Weights, config: MAEConfig) -> np.ndarray:
+    """MFF's weighted sum of the last layer and, each projected, of shallower ones; else the last layer."""
+    if config.fused_layers is None:
+        return states[-1]
+    exponentials = [math.exp(weight) for weight in weights["decoder.fusion.layer_weights"]]
+    fused = exponentials[-1] * states[-1]
+    for i, layer in enumerate(config.fused_layers):
+        fused = fused + exponentials[i] * linear(states[layer], weights, f"decoder.fusion.projections.{i}")
+    return fused / sum(exponentials)
 
 
 def decode(latent: np.ndarray, visible: list[int], positions: np.ndarray, weights: Weights, config: MAEConfig):
@@ -113,7 +124,7 @@ def autoencode(image: np.ndarray, noise: np.ndarray, weights: Weights, config: M
 
     count = int(len(patches) * (1 - config.mask_ratio))
     visible = sorted(range(len(patches)), key=lambda patch: noise[patch])[:count]
-    latent = encode(patches, visible, positions, weights, config)
+    latent = fuse(encode(patches, visible, positions, weights, config), weights, config)
     latent = layer_norm(latent, weights, "vit.layernorm", config.layer_norm_eps)
     predicted = decode(latent, visible, decoder_positions, weights, config)
 
@@ -142,6 +153,8 @@ VARIANTS = {
     "five channels": {"num_channels": 5, "patch_size": 16, "mask_ratio": 0.5},
     "no qkv bias": {"qkv_bias": False},
     "cross-attention decoder": {"decoder_type": "cross", "prediction_ratio": 0.5},
+    "fused layers": {"fused_layers": [0, 2]},
+    "fused layers, cross-attention decoder": {"fused_layers": [1], "decoder_type": "cross"},
     "other widths": {"intermediate_size": 20, "decoder_intermediate_size": 12, "layer_norm_eps": 1e-2},
 }
 
@@ -176,7 +189,7 @@ def test_encoder__all_patches() -> None:
     weights = {f"vit.{name}": array for name, array in weights_of(model).items()}
     patches = cut_into_patches(image[0].double().numpy(), config.patch_shape)
     positions = slow_position_table(config.hidden_size, config.grid_shape)[0].numpy()
-    tokens = encode(patches, list(range(6)), positions, weights, config)
+    tokens = encode(patches, list(range(6)), positions, weights, config)[-1]
     tokens = layer_norm(tokens, weights, "vit.layernorm", config.layer_norm_eps)
     assert np.abs(output.last_hidden_state[0].numpy() - tokens).max() < 1e-5
     assert np.abs(output.pooler_output[0].numpy() - tokens[1:].mean(axis=0)).max() < 1e-5
@@ -193,7 +206,7 @@ def test_classifier__logits(pooling: str) -> None:
     weights = weights_of(model)
     positions = weights["vit.embeddings.position_embeddings"][0]  # trained with the rest, so no formula any more
     patches = cut_into_patches(image[0].double().numpy(), config.patch_shape)
-    tokens = encode(patches, list(range(config.num_patches)), positions, weights, config)
+    tokens = encode(patches, list(range(config.num_patches)), positions, weights, config)[-1]
     if pooling == "mean":
         features = layer_norm(tokens[1:].mean(axis=0, keepdims=True), weights, "fc_norm", config.layer_norm_eps)
     else:

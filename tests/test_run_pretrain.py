@@ -188,6 +188,24 @@ def test_interrupted__ends_like_undisturbed(
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_fused_layers__interrupted_ends_like_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the digits are inside scikit-learn")
+    arguments = ("--fused_layers", "0", "1", "--save_every", "3", "--total_batch_size", "256", "--epochs", "1")
+    undisturbed = pretrain("digits", tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch:
+        when_step(5, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain("digits", tmp_path / "cut", *arguments)
+    assert losses(pretrain("digits", tmp_path / "cut", *arguments)) == losses(undisturbed)
+    whole, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert whole["decoder.fusion.layer_weights"].abs().min() > 0
+    with pytest.raises(ValueError, match=r"holds a run with another recipe \(fused_layers"):
+        pretrain("digits", tmp_path / "cut", *arguments, "--fused_layers", "1")
+    with pytest.raises(ValueError, match=r"fused_layers must be .* to 1, but is \[2\]"):
+        pretrain("digits", tmp_path / "refused", *arguments, "--fused_layers", "2")
+
+
 @pytest.mark.parametrize("before", ["4", "2", "1"])
 def test_interrupted__goes_on_with_other_rounds_of_accumulation(before: str, photos: str, tmp_path: Path) -> None:
     undisturbed = pretrain(photos, tmp_path / "whole")

@@ -150,6 +150,7 @@ def write_pretraining_card(
         gain={TITLES[name]: [f"{100 * value:.1f}" for value in of.values()] for name, of in (gain or {}).items()},
         labelled_source=_without_folders(recipe.labelled_dataset or ""),
         decoder_type=recipe.decoder_type,
+        fused_layers=", ".join(map(str, recipe.fused_layers or [])),
         predicted_percent=round(100 * recipe.prediction_ratio),
         num_parameters=f"{num_parameters:,}",
         final_loss=f"{history[-1]['loss']:.4f}" if history else "not logged",

@@ -101,6 +101,13 @@ class PretrainRecipe(WholeModel, Cropped):
     prediction_ratio: float = setting(
         1.0, MODEL, "share of the hidden patches that a cross decoder predicts; CrossMAE: 1/3", above=0, at_most=1
     )
+    fused_layers: list[int] | None = setting(
+        None,
+        MODEL,
+        "hidden states of the encoder that the decoder sees fused with the last, as MFF; 0 is that of the embeddings",
+        at_least=0,
+        at_most=2**9,
+    )
 
     repeated_augmentation: int = setting(
         1,

@@ -219,4 +219,8 @@ def test_decoder__named_where_it_is_not_the_papers(tmp_path: Path) -> None:
     crossed = card(tmp_path, "images", decoder_type="cross", prediction_ratio=1 / 3).text
     assert "a cross-attention decoder (CrossMAE" in crossed
     assert "predicted 33 % of the hidden patches" in crossed
-    assert "CrossMAE" not in card(tmp_path, "images").text
+    fused = card(tmp_path, "images", fused_layers=[0, 2]).text
+    assert "fused with the hidden states 0, 2 (MFF" in fused
+    plain = card(tmp_path, "images").text
+    assert "CrossMAE" not in plain
+    assert "MFF" not in plain
